@@ -1,0 +1,1 @@
+"""One file a study: `get_config(arg)` and, where there is a grid, `sweep(add)`."""
