@@ -1,0 +1,1 @@
+"""How good: rates with intervals, image distances, distances between sets of images."""

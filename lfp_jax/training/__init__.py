@@ -1,0 +1,1 @@
+"""How the bundled demo generators and their classifier are made."""
