@@ -1,0 +1,92 @@
+"""The command line: flags and config overrides, with every mistake said in one line."""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from lfp_jax.errors import UserError, did_you_mean
+
+MODES = ("experiment", "train", "convert")
+
+
+def parse(argv: list[str]) -> flags.FlagValues:
+    """Read the command line.
+
+    Args:
+      argv: the program's name and its arguments.
+
+    Returns:
+      Flags `config` (a locked ConfigDict or None), `mode`, `workdir`, `source` and `target` (text
+      or None).
+
+    Raises:
+      UserError: an unknown flag, field, mode or file, or a value of the wrong type.
+    """
+    path = _config_path(argv)
+    if path is not None:
+        _check_file(path)
+        _check_fields(path, argv)
+    return _read(argv)
+
+
+def _read(argv: list[str]) -> flags.FlagValues:
+    # A set of flags of its own, not the global one, so that this can be called more than once.
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    flags.DEFINE_enum("mode", None, MODES, "what to do", flag_values=values)
+    for name in ("workdir", "source", "target"):
+        flags.DEFINE_string(name, None, "a path", flag_values=values)
+    try:
+        unnamed = values(argv)[1:]
+    except flags.Error as error:
+        # A mistake found inside a config file arrives with its traceback: the last line says it.
+        raise UserError(str(error).strip().split("\n")[-1].split("UserError: ")[-1]) from None
+    except AttributeError as error:
+        if "get_config" not in str(error):
+            raise
+        raise UserError(
+            "--config needs a file with get_config(arg), e.g. configs/stylegan2.py."
+        ) from None
+    if unnamed:
+        raise UserError(f"Unexpected argument '{unnamed[0]}': options are --flags. See --help.")
+    return values
+
+
+def _config_path(argv: list[str]) -> str | None:
+    for arg, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = arg.partition("=")
+        if name in ("--config", "-config"):
+            return value if equals else following
+    return None
+
+
+def _check_file(path: str) -> None:
+    if not path:
+        raise UserError("--config needs a file, e.g. --config=configs/stylegan2.py.")
+    file = Path(path.partition(":")[0])
+    if file.is_file() and file.suffix == ".py":
+        return
+    known = [str(p) for p in file.parent.glob("*.py") if p.stem not in ("__init__", "common")]
+    if known:
+        raise UserError(did_you_mean(str(file), known, "config file"))
+    raise UserError(
+        f"No config file '{file}'. Configs are Python files, e.g. configs/stylegan2.py."
+    )
+
+
+def _check_fields(path: str, argv: list[str]) -> None:
+    """Name an unknown field and its neighbours; ml_collections would give a traceback."""
+    config = _read([argv[0], f"--config={path}"]).config
+    for arg in argv:
+        flag, _, field = arg.partition("=")[0].partition(".")
+        if flag not in ("--config", "-config") or not field:
+            continue
+        node = config
+        for name in field.split("."):
+            known = list(node.keys()) if hasattr(node, "keys") else []
+            if not known:
+                raise UserError(f"--config.{field}: there is no '{name}' below a plain value.")
+            if name not in known:
+                raise UserError(did_you_mean(name, known, "config field"))
+            node = node[name]
