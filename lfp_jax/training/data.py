@@ -4,9 +4,11 @@ The index (file paths and labels) is an array_record data set read back as a ran
 which needs no TensorFlow; the pictures themselves stay plain PNG files. Images are uint8 here.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -125,7 +127,8 @@ def _read_index(folder: str, split: str) -> list[dict[str, Any]]:
         if next(_rows(folder, other, set(choices)), None) is None:
             raise UserError(f"'{folder}' has no {other} pictures. {_render(folder)}")
     builder = _builder(folder, choices)
-    builder.download_and_prepare()
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
+        builder.download_and_prepare()
     source = builder.as_data_source(split=split)
     rows = [source[i] for i in range(len(source))]
     for row in rows:
