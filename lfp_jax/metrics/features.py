@@ -1,0 +1,157 @@
+"""The demo's image features: a small attribute classifier of the 64x64 avatar faces.
+
+Its pooled features give the Fréchet distance ("FD, demo classifier") and a perceptual loss. Images
+are float32 [n, 64, 64, 3], nominally in [-1, 1]; computed in float32 at HIGHEST precision.
+"""
+
+from importlib import resources
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lfp_jax import images as image_files
+from lfp_jax.errors import UserError
+from lfp_jax.weights import store
+
+NAME = "demo classifier"  # what reports call these features
+SIZE = 64
+WIDTHS = (24, 48, 96, 128)  # channels at 32x32, 16x16, 8x8, 4x4; the last are the features
+_HE = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
+
+Choices = tuple[tuple[str, tuple[str, ...]], ...]
+
+
+class FeatureNet(nn.Module):
+    """Four levels of 3x3 convolutions, then the mean over places: [n, 64, 64, 3] -> [n, 128].
+
+    Halving folds 2x2 places into channels, with no loss, where strided convolutions would train at
+    half as many operations a second on CPU (measured). SiLU is smooth, so that losses on the
+    features descend well.
+    """
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Compute the features of a batch."""
+        x = images
+        for i, width in enumerate(WIDTHS):
+            x = _fold(x)
+            if i > 0:
+                mix = nn.Dense(width, precision="highest", kernel_init=_HE, name=f"mix{i}")
+                x = nn.silu(mix(x))
+            conv = nn.Conv(width, (3, 3), precision="highest", kernel_init=_HE, name=f"conv{i}")
+            x = nn.silu(conv(x))
+        return x.mean(axis=(1, 2))
+
+
+def _fold(x: jax.Array) -> jax.Array:
+    """Fold 2x2 places into channels: [n, h, w, c] -> [n, h/2, w/2, 4c]."""
+    n, height, width, channels = x.shape
+    x = x.reshape(n, height // 2, 2, width // 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(n, height // 2, width // 2, 4 * channels)
+
+
+@flax.struct.dataclass
+class Classifier:
+    """A frozen classifier; its leaves are its params, so it goes into jit as an argument."""
+
+    params: dict[str, Any]  # {"net": conv0, mix1, conv1 .., "head": {"kernel" [f, c], "bias" [c]}}
+    choices: Choices = flax.struct.field(pytree_node=False)  # ((attribute, its values), ...)
+
+
+def init(key: jax.Array, *, choices: dict[str, list[str]]) -> Classifier:
+    """Make an untrained classifier.
+
+    Args:
+        key: random key.
+        choices: {attribute: names of its values}, in label order.
+    """
+    names = tuple((name, tuple(values)) for name, values in choices.items())
+    outputs = sum(len(values) for _, values in names)
+    net = FeatureNet().init(key, jnp.zeros((1, SIZE, SIZE, 3)))["params"]
+    head = {"kernel": jnp.zeros((WIDTHS[-1], outputs)), "bias": jnp.zeros(outputs)}
+    return Classifier(params={"net": net, "head": head}, choices=names)
+
+
+def save(path: str, classifier: Classifier, metadata: dict[str, Any]) -> None:
+    """Write a classifier to the native store, in float16."""
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), classifier.params)
+    store.save(path, params, {**metadata, "choices": [list(c) for c in classifier.choices]})
+
+
+def load_classifier(*, path: str | None = None) -> Classifier:
+    """Read a classifier, as float32.
+
+    Args:
+        path: a folder that `save` made; default the one that ships with the package.
+
+    Raises:
+        UserError: the folder is missing, damaged, or holds something else.
+    """
+    if path is None:
+        path = str(resources.files("lfp_jax") / "assets" / "demo-classifier")
+    params, metadata = store.load(path)
+    if "choices" not in metadata:
+        raise UserError(f"'{path}' holds no attribute classifier.")
+    choices = tuple((name, tuple(values)) for name, values in metadata["choices"])
+    return Classifier(
+        params=jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params), choices=choices
+    )
+
+
+@jax.jit
+def features(classifier: Classifier, images: jax.Array) -> jax.Array:
+    """Compute features [n, 128] of images [n, 64, 64, 3] in [-1, 1]; differentiable.
+
+    Raises:
+        UserError: the images are of another size.
+    """
+    if images.ndim != 4 or images.shape[1:] != (SIZE, SIZE, 3):
+        raise UserError(
+            f"The {NAME} takes images [n, {SIZE}, {SIZE}, 3]; got {list(images.shape)}."
+        )
+    return FeatureNet().apply({"params": classifier.params["net"]}, images)
+
+
+@jax.jit
+def logits(classifier: Classifier, images: jax.Array) -> dict[str, jax.Array]:
+    """Compute {attribute: logits [n, values]} of images [n, 64, 64, 3] in [-1, 1]."""
+    head = classifier.params["head"]
+    pooled = features(classifier, images)
+    joint = jnp.einsum("nf,fc->nc", pooled, head["kernel"], precision="highest")
+    joint = joint + head["bias"][None]
+    ends = np.cumsum([len(values) for _, values in classifier.choices])
+    parts = jnp.split(joint, ends[:-1], axis=1)
+    return {name: part for (name, _), part in zip(classifier.choices, parts, strict=True)}
+
+
+def attributes(classifier: Classifier, images: jax.Array) -> dict[str, np.ndarray]:
+    """Say what is on the images: {attribute: most likely label, int [n]}.
+
+    The names of the labels are in `classifier.choices`.
+    """
+    return {name: np.argmax(part, -1) for name, part in logits(classifier, images).items()}
+
+
+def features_in_batches(
+    classifier: Classifier, images: np.ndarray, *, batch: int = 256
+) -> np.ndarray:
+    """Compute the features of many images, a batch at a time.
+
+    Args:
+        classifier: the classifier.
+        images: host array [n, 64, 64, 3], uint8 or float in [-1, 1].
+        batch: images at once; bounds the memory.
+
+    Returns:
+        float32 [n, 128].
+    """
+    rows = []
+    for start in range(0, len(images), batch):
+        chunk = images[start : start + batch]
+        chunk = image_files.from_uint8(chunk) if chunk.dtype == np.uint8 else chunk
+        rows.append(np.asarray(features(classifier, chunk)))
+    return np.concatenate(rows)
