@@ -1,0 +1,163 @@
+"""Image files <-> arrays; the one place where pixels become 8 bits.
+
+Float images are [n, H, W, C], nominally in [-1, 1]; `u8` arrays and files hold 0..255. Everything
+here runs on the host in float32: one rounding rule, the same on every machine.
+"""
+
+import io
+import os
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from lfp_jax.errors import UserError
+
+_MOST_PIXELS = 64_000_000  # 8000 x 8000: above this a file is taken for a decompression bomb
+_BOMBS = (Image.DecompressionBombWarning, Image.DecompressionBombError)
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Clip to [-1, 1] and round to 8 bits, half to even.
+
+    Args:
+        images: float array of any shape, nominally in [-1, 1].
+
+    Returns:
+        uint8 array of the same shape.
+
+    Raises:
+        UserError: a value is NaN.
+        TypeError: the images are not floats, so that their range is not [-1, 1].
+    """
+    array = np.asarray(images)
+    if array.dtype.kind in "biu":
+        raise TypeError(f"Images must be floats in [-1, 1]; got {array.dtype}.")
+    array = array.astype(np.float32)
+    bad = int(np.isnan(array).sum())
+    if bad:
+        raise UserError(f"{bad} of {array.size} pixel values are NaN; they have no 8-bit value.")
+    return np.round((np.clip(array, -1.0, 1.0) + 1.0) * np.float32(127.5)).astype(np.uint8)
+
+
+def from_uint8(u8: np.ndarray) -> np.ndarray:
+    """Map 0..255 to float32 in [-1, 1]; `to_uint8` undoes it exactly."""
+    return np.asarray(u8, np.float32) / np.float32(127.5) - np.float32(1.0)
+
+
+def encode_png(u8: np.ndarray) -> bytes:
+    """Encode one uint8 image [H, W, 1 or 3] as PNG bytes, with no metadata.
+
+    Raises:
+        ValueError: another shape or dtype.
+    """
+    u8 = np.asarray(u8)
+    if u8.dtype != np.uint8 or u8.ndim != 3 or u8.shape[-1] not in (1, 3):
+        raise ValueError(f"A PNG needs uint8 [H, W, 1 or 3]; got {u8.dtype} {list(u8.shape)}.")
+    buffer = io.BytesIO()
+    Image.fromarray(u8[..., 0] if u8.shape[-1] == 1 else u8).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def decode_png(data: bytes) -> np.ndarray:
+    """Decode PNG bytes to uint8: [H, W, 1] of a greyscale file, else RGB [H, W, 3].
+
+    Raises:
+        UserError: the bytes are no PNG, damaged, or larger than 64 million pixels.
+    """
+    return _decode(io.BytesIO(data), "PNG bytes", formats=("PNG",), grey=True)
+
+
+def png_round_trip(images: np.ndarray) -> np.ndarray:
+    """Send float images [n, H, W, C] through real PNG bytes: what a file keeps of them."""
+    u8 = to_uint8(images)
+    return from_uint8(np.stack([decode_png(encode_png(image)) for image in u8]))
+
+
+def write_png(path: str | os.PathLike, u8: np.ndarray) -> None:
+    """Write one uint8 image [H, W, 1 or 3] in one step: readers never see half a file."""
+    data = encode_png(u8)
+    folder, name = os.path.split(os.fspath(path))
+    part = os.path.join(folder, f".{name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+
+
+def read(path: str | os.PathLike) -> np.ndarray:
+    """Read an image file of any common format.
+
+    Args:
+        path: the file. EXIF rotation is applied, alpha is dropped, greyscale is repeated, 16-bit
+            greyscale is rounded to 8 bits; of an animation the first frame counts.
+
+    Returns:
+        uint8 [H, W, 3], RGB.
+
+    Raises:
+        UserError: the file is missing, no image, damaged, or larger than 64 million pixels.
+    """
+    return _decode(os.fspath(path), f"'{os.fspath(path)}'", formats=None, grey=False)
+
+
+def grid(images: np.ndarray, *, columns: int, margin: int = 2) -> np.ndarray:
+    """Lay images out in rows on white.
+
+    Args:
+        images: float [n, H, W, 1 or 3] in [-1, 1].
+        columns: images in a row.
+        margin: white pixels around each image.
+
+    Returns:
+        uint8 [height, width, 3].
+    """
+    u8 = to_uint8(images)
+    n, height, width, _ = u8.shape
+    rows = -(-n // columns)
+    shape = (rows * (height + margin) + margin, columns * (width + margin) + margin, 3)
+    sheet = np.full(shape, 255, np.uint8)
+    for i, image in enumerate(u8):
+        top = margin + (i // columns) * (height + margin)
+        left = margin + (i % columns) * (width + margin)
+        sheet[top : top + height, left : left + width] = image  # one channel repeats to three
+    return sheet
+
+
+def enlarge(u8: np.ndarray, *, factor: int) -> np.ndarray:
+    """Repeat every pixel `factor` times in both directions, so that small pictures can be seen."""
+    return np.repeat(np.repeat(u8, factor, axis=0), factor, axis=1)
+
+
+def _decode(source, name, *, formats, grey):
+    """Decode a path or file object to uint8 [H, W, 3]; [H, W, 1] where `grey` and the file is."""
+    try:
+        with Image.open(source, formats=formats) as image:
+            pixels = image.width * image.height
+            if pixels > _MOST_PIXELS:
+                raise UserError(f"{name} has {pixels:,} pixels; at most {_MOST_PIXELS:,} are read.")
+            image = _to_8_bits(ImageOps.exif_transpose(image))
+            if grey and image.mode == "L":
+                return np.array(image)[..., None]
+            return np.array(image.convert("RGB"))
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"No such image file: {name}.") from None
+    except _BOMBS:
+        raise UserError(f"{name} has too many pixels; at most {_MOST_PIXELS:,} are read.") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{name} is not a readable image: no known format.") from None
+    except Exception as error:  # on hostile bytes Pillow raises nearly anything: struct.error ...
+        cause = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        raise UserError(f"{name} is not a readable image: {cause}.") from None
+
+
+def _to_8_bits(image):
+    """Bring odd modes to ones that convert to RGB without clipping or warnings."""
+    if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow would clip at 255
+        wide = np.clip(np.array(image, np.int64), 0, 65535)
+        return Image.fromarray(np.round(wide / 257.0).astype(np.uint8))
+    return image.convert("RGBA") if image.has_transparency_data else image
