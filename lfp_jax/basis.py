@@ -1,0 +1,120 @@
+"""Principal directions of a generator's latents, and their split into carrier and nuisance.
+
+Fitted once on the host in float64, so that the weak directions, which carry the bits, are right;
+stored in float32. A latent of any shape is a flat vector of d values here.
+"""
+
+import operator
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lfp_jax.errors import UserError
+
+_CHUNK = 4096  # latents brought to float64 at once
+
+
+@flax.struct.dataclass
+class Basis:
+    """Mean, principal directions and spread of latents, by falling variance."""
+
+    mean: jax.Array  # [d]
+    components: jax.Array  # [d, m], orthonormal columns, largest entry of each positive
+    stddev: jax.Array  # [m], falling
+
+
+@flax.struct.dataclass
+class Space:
+    """A basis split in two: the carrier holds the bits, the nuisance is everything else."""
+
+    mean: jax.Array  # [d]
+    carrier: jax.Array  # [d, k]
+    nuisance: jax.Array  # [d, m - k], by falling variance
+    nuisance_stddev: jax.Array  # [m - k]
+    carrier_stddev: jax.Array  # [k]
+
+
+def fit(latents: np.ndarray) -> Basis:
+    """Find the principal directions of latents.
+
+    The sign of a direction is free; here its entry of largest magnitude is positive. (Stored bases
+    are what keys refer to: two machines may fit close directions in another order.)
+
+    Args:
+        latents: [n, *latent_shape], samples of the prior.
+
+    Returns:
+        A basis of m = min(d, n - 1) directions: n latents span no more.
+
+    Raises:
+        UserError: fewer than two latents, or values that are not finite.
+    """
+    latents = np.asarray(latents)
+    if len(latents) < 2:
+        raise UserError(f"A basis needs at least 2 latents; got {len(latents)}.")
+    rows = latents.reshape(len(latents), -1)
+    with np.errstate(invalid="ignore"):  # infinities of both signs: said below
+        mean = rows.mean(axis=0, dtype=np.float64)
+    if not np.isfinite(mean).all():
+        raise UserError(f"{int((~np.isfinite(rows)).sum())} values of the latents are not finite.")
+    variance, components = _principal(rows, mean)
+    components = components * _signs(components)
+    return Basis(
+        mean=jnp.asarray(mean, jnp.float32),
+        components=jnp.asarray(components, jnp.float32),
+        stddev=jnp.asarray(np.sqrt(np.maximum(variance, 0.0)), jnp.float32),
+    )
+
+
+def split(basis: Basis, *, bits: int = 64, shift: int | None = None) -> Space:
+    """Take consecutive directions as the carrier.
+
+    Args:
+        basis: m directions of latents.
+        bits: k, how many directions carry.
+        shift: the first carrying direction; default m - bits, so that the directions of least
+            variance carry.
+
+    Raises:
+        UserError: the carrier would reach outside the basis, or holds nothing.
+    """
+    m = basis.components.shape[1]
+    bits = operator.index(bits)
+    if bits < 1 or bits > m:
+        raise UserError(f"bits must be 1..{m}, the latent dim; got {bits}.")
+    shift = m - bits if shift is None else operator.index(shift)
+    if shift < 0:
+        raise UserError(f"shift must be >= 0; got {shift}.")
+    if shift + bits > m:
+        raise UserError(f"shift + bits must be <= latent dim; got {shift} + {bits} > {m}.")
+    carries = np.zeros(m, bool)
+    carries[shift : shift + bits] = True
+    return Space(
+        mean=basis.mean,
+        carrier=basis.components[:, carries],
+        nuisance=basis.components[:, ~carries],
+        nuisance_stddev=basis.stddev[~carries],
+        carrier_stddev=basis.stddev[carries],
+    )
+
+
+def _principal(rows, mean):
+    """Give variances [m] and directions [d, m] in float64, by falling variance."""
+    n, d = rows.shape
+    if n <= d:  # the rows themselves are the smaller problem
+        _, singular, directions = np.linalg.svd(rows - mean, full_matrices=False)
+        return singular[: n - 1] ** 2 / (n - 1), directions[: n - 1].T
+    covariance = np.zeros((d, d))
+    for start in range(0, n, _CHUNK):
+        centred = rows[start : start + _CHUNK] - mean
+        covariance += centred.T @ centred
+    variance, directions = np.linalg.eigh(covariance / (n - 1))
+    return variance[::-1], directions[:, ::-1]
+
+
+def _signs(components):
+    """Give +1 or -1 a column, such that its entry of largest magnitude becomes positive."""
+    largest = np.abs(components).argmax(axis=0)
+    return np.where(np.take_along_axis(components, largest[None], axis=0) < 0.0, -1.0, 1.0)

@@ -1,0 +1,147 @@
+"""Put a key into a latent, and read it back from one.
+
+Latents are [n, *latent_shape] and stand for flat vectors w of d values; with mean m, carrier V
+[d, k] and nuisance U of a `basis.Space`, an image's latent is w = m + U alpha + strength V c(bits)
+(arXiv 2304.09752). All in float32 at HIGHEST precision; no d x d matrix is ever built.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from lfp_jax.basis import Space
+from lfp_jax.errors import choose
+
+# What is taken from a bit: the two codes keep keys equally far apart, but `antipodal` spends half
+# the energy, leaves the mean of many fingerprinted latents where it was, and gives an unmarked
+# latent no key (under `binary` it reads as all zeros).
+CODES = {"binary": 0.0, "antipodal": 0.5}
+
+_einsum = functools.partial(jnp.einsum, precision="highest")
+_jit = functools.partial(jax.jit, static_argnames=("code",))
+
+
+def code(bits: jax.Array, *, form: str) -> jax.Array:
+    """Turn bits into steps along the carrier.
+
+    Args:
+        bits: 0..1, any shape; soft bits too.
+        form: "binary" (the bits themselves, the paper's) or "antipodal" (bits - 1/2).
+
+    Returns:
+        float32 of the same shape.
+
+    Raises:
+        UserError: another form.
+    """
+    return jnp.asarray(bits, jnp.float32) - choose(form, CODES, "code")
+
+
+@_jit
+def inject(
+    space: Space, latents: jax.Array, bits: jax.Array, *, strength: float, code: str = "antipodal"
+) -> jax.Array:
+    """Replace the carrier part of latents by a key: w - V V^T (w - m) + strength V c.
+
+    Args:
+        space: carrier, nuisance and mean.
+        latents: [n, *latent_shape].
+        bits: keys [n, k], or one key [k] for all.
+        strength: step along each carrying direction; a number, not a fraction of its spread.
+        code: "binary" or "antipodal".
+
+    Returns:
+        Latents of the same shape, float32. Their nuisance part is as before.
+
+    Raises:
+        ValueError: shapes that do not fit the space.
+    """
+    rows = _flat(space, latents)
+    steps = strength * _codeword(bits, form=code)
+    shape = (len(rows), space.carrier.shape[1])
+    if steps.shape not in (shape, shape[1:]):
+        raise ValueError(
+            f"bits must be [{shape[0]}, {shape[1]}] or [{shape[1]}]; got {list(steps.shape)}."
+        )
+    marked = jax.vmap(functools.partial(_inject_one, space))(rows, jnp.broadcast_to(steps, shape))
+    return marked.reshape(latents.shape)
+
+
+@jax.jit
+def carrier_part(space: Space, latents: jax.Array) -> jax.Array:
+    """Measure latents along the carrying directions: V^T (w - m), [n, k].
+
+    Args:
+        space: carrier, nuisance and mean.
+        latents: [n, *latent_shape].
+
+    Raises:
+        ValueError: latents of another size than the space's.
+    """
+    return jax.vmap(functools.partial(_carrier_part_one, space))(_flat(space, latents))
+
+
+@_jit
+def read(
+    space: Space, latents: jax.Array, *, strength: float, code: str = "antipodal"
+) -> jax.Array:
+    """Read the nearest key from latents; exact on what `inject` returned.
+
+    Args:
+        space: carrier, nuisance and mean.
+        latents: [n, *latent_shape].
+        strength: as injected, and not 0.
+        code: as injected.
+
+    Returns:
+        uint8 bits [n, k].
+    """
+    soft_bits = carrier_part(space, latents) / strength + choose(code, CODES, "code")
+    return (soft_bits > 0.5).astype(jnp.uint8)
+
+
+@_jit
+def compose(
+    space: Space, alpha: jax.Array, bits: jax.Array, *, strength: float, code: str = "antipodal"
+) -> jax.Array:
+    """Build flat latents from their two parts: w = m + U alpha + strength V c.
+
+    Args:
+        space: carrier, nuisance and mean.
+        alpha: nuisance coordinates [..., m - k].
+        bits: [..., k], soft or hard, with the same leading axes.
+        strength: step along each carrying direction.
+        code: "binary" or "antipodal".
+
+    Returns:
+        float32 [..., d].
+    """
+    steps = strength * _codeword(bits, form=code)
+    offset = _einsum("dm,...m->...d", space.nuisance, alpha)
+    offset = offset + _einsum("dk,...k->...d", space.carrier, steps)
+    return offset + jnp.broadcast_to(space.mean, offset.shape)
+
+
+_codeword = code  # below, `code` is an argument's name
+
+
+def _carrier_part_one(space, w):
+    return _einsum("dk,d->k", space.carrier, w - space.mean)
+
+
+def _inject_one(space, w, steps):
+    """w [d], steps [k]: move w along the carrier to where its part equals the steps."""
+    return w + _einsum("dk,k->d", space.carrier, steps - _carrier_part_one(space, w))
+
+
+def _flat(space, latents):
+    """Flatten latents [n, *latent_shape] to float32 [n, d], checking d."""
+    rows = jnp.asarray(latents, jnp.float32)
+    rows = rows.reshape(rows.shape[0], -1)
+    d = space.mean.shape[0]
+    if rows.shape[1] != d:
+        raise ValueError(
+            f"Latents must have {d} values each; got {rows.shape[1]} ({list(latents.shape)})."
+        )
+    return rows

@@ -1,0 +1,122 @@
+"""Principal directions against the recorded ones, and the split's bounds."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lfp_jax import basis
+from lfp_jax.errors import UserError
+
+GOLDEN = Path(__file__).parent / "golden" / "fingerprint_sg2" / "io.npz"
+
+
+@pytest.fixture(scope="module")
+def golden():
+    """2,000 latents of the reference and their PCA by scikit-learn."""
+    with np.load(GOLDEN) as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="module")
+def fitted(golden):
+    """The basis of the recorded latents."""
+    return basis.fit(golden["w_samples"])
+
+
+def _latents(n, d, seed=0):
+    scale = np.geomspace(10.0, 0.01, d)
+    mixing = np.linalg.qr(np.random.default_rng(seed).normal(size=(d, d)))[0]
+    return (np.random.default_rng(seed + 1).normal(size=(n, d)) * scale) @ mixing + 3.0
+
+
+def test_golden_directions_up_to_sign(golden, fitted):
+    recorded = golden["pca_components_f64"].T
+    agreement = np.abs(np.sum(recorded * np.asarray(fitted.components), axis=0))
+    np.testing.assert_allclose(agreement, 1.0, rtol=0.0, atol=1e-5)
+    np.testing.assert_allclose(fitted.mean, golden["pca_mean"], atol=1e-5)
+    spread = np.sqrt(golden["pca_explained_variance_f64"])
+    np.testing.assert_allclose(fitted.stddev, spread, rtol=1e-5)
+
+
+def test_golden_carrier_as_a_subspace(golden, fitted):
+    shift, bits = int(golden["shift"]), int(golden["key_len"])
+    space = basis.split(fitted, bits=bits, shift=shift)
+    recorded = golden["pca_components"][shift : shift + bits].T
+    cosines = np.linalg.svd(recorded.T @ np.asarray(space.carrier), compute_uv=False)
+    np.testing.assert_allclose(cosines, 1.0, atol=1e-5)
+    np.testing.assert_allclose(space.nuisance_stddev, golden["sigma_U"][:, 0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("n", [400, 12])
+def test_orthonormal_falling_and_signed(n):
+    fitted = basis.fit(_latents(n, 24))
+    m = min(24, n - 1)
+    v = np.asarray(fitted.components)
+    assert v.shape == (24, m)
+    assert v.dtype == np.float32
+    np.testing.assert_allclose(v.T @ v, np.eye(m), atol=1e-5)
+    assert np.all(np.diff(np.asarray(fitted.stddev)) <= 0.0)
+    assert np.all(v[np.abs(v).argmax(axis=0), np.arange(m)] > 0.0)
+
+
+def test_sign_rule_forgets_the_sign_of_the_data():
+    x = _latents(300, 10)
+    there, back = basis.fit(x), basis.fit(-x)
+    np.testing.assert_allclose(there.components, back.components, atol=1e-6)
+    np.testing.assert_allclose(there.mean, -np.asarray(back.mean), atol=1e-6)
+
+
+def test_projected_latents_have_the_stated_spread():
+    x = _latents(500, 16)
+    fitted = basis.fit(x)
+    coordinates = (x - np.asarray(fitted.mean)) @ np.asarray(fitted.components)
+    np.testing.assert_allclose(coordinates.std(axis=0, ddof=1), fitted.stddev, rtol=1e-3)
+
+
+def test_chunks_and_latent_shape_change_nothing(monkeypatch):
+    x = _latents(200, 12)
+    whole = basis.fit(x)
+    monkeypatch.setattr(basis, "_CHUNK", 17)
+    parts = basis.fit(jnp.asarray(x, jnp.float32).reshape(200, 2, 3, 2))
+    np.testing.assert_allclose(whole.components, parts.components, atol=2e-5)
+
+
+def test_split_shares_out_every_direction(fitted):
+    space = basis.split(fitted, bits=8, shift=20)
+    v = np.asarray(fitted.components)
+    np.testing.assert_array_equal(space.carrier, v[:, 20:28])
+    np.testing.assert_array_equal(space.nuisance, np.delete(v, range(20, 28), axis=1))
+    np.testing.assert_array_equal(space.carrier_stddev, fitted.stddev[20:28])
+    np.testing.assert_array_equal(space.nuisance_stddev, np.delete(fitted.stddev, range(20, 28)))
+
+
+def test_split_defaults_to_the_least_variance(fitted):
+    np.testing.assert_array_equal(
+        basis.split(fitted, bits=16).carrier, np.asarray(fitted.components)[:, 48:]
+    )
+    assert basis.split(fitted).nuisance.shape == (64, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 16, "shift": 60}, r"shift \+ bits must be <= latent dim; got 60 \+ 16 > 64\."),
+        ({"bits": 0}, r"bits must be 1..64, the latent dim; got 0\."),
+        ({"bits": 65}, r"bits must be 1..64, the latent dim; got 65\."),
+        ({"bits": 8, "shift": -1}, r"shift must be >= 0; got -1\."),
+    ],
+)
+def test_split_bounds(fitted, options, message):
+    with pytest.raises(UserError, match=message):
+        basis.split(fitted, **options)
+
+
+def test_bad_latents():
+    with pytest.raises(UserError, match="at least 2 latents; got 1"):
+        basis.fit(np.zeros((1, 4)))
+    x = _latents(20, 4)
+    x[3, 2], x[4, 2] = np.inf, -np.inf
+    with pytest.raises(UserError, match="2 values of the latents are not finite"):
+        basis.fit(x)
