@@ -1,0 +1,116 @@
+"""Users' keys: draw them, write them down, read them back.
+
+A key is a uint8 array [k] of 0 and 1. The bits come from the operating system's cryptographic
+source: a key must not be guessable, and the p-value of a match counts on uniform bits.
+"""
+
+import binascii
+import math
+import secrets
+
+import numpy as np
+
+from lfp_jax.errors import UserError, choose
+from lfp_jax.fingerprint import CODES
+
+_CHECK_DIGITS = 4
+_GROUP = 4  # hex digits between hyphens
+
+
+def draw(n: int, *, bits: int, code: str = "antipodal") -> np.ndarray:
+    """Draw keys, no two alike.
+
+    Under the `binary` code a key with fewer than bits // 4 ones is drawn again, since an image
+    without a fingerprint reads as nearly all zeros. The keys are then uniform over the rest: of 64
+    bits that leaves out 1 key in 82,000, so no probability of a match grows by more than 1 part in
+    82,000; of 16 bits it leaves out 1 in 94, of 8 bits 1 in 28.
+
+    Args:
+        n: how many keys.
+        bits: k, length of a key.
+        code: "binary" or "antipodal", the form in which they will be injected.
+
+    Returns:
+        uint8 [n, k].
+
+    Raises:
+        UserError: there are fewer than n such keys, or another code.
+    """
+    choose(code, CODES, "code")
+    if bits < 1 or n < 0:
+        raise UserError(f"A draw needs bits >= 1 and n >= 0; got bits {bits}, n {n}.")
+    least = bits // 4 if code == "binary" else 0
+    available = 2**bits - sum(math.comb(bits, ones) for ones in range(least))
+    if n > available:
+        raise UserError(f"n must be <= {available:,}, all {code} keys of {bits} bits; got {n:,}.")
+    found = {}  # in the order drawn
+    while len(found) < n:
+        for key in _random_bits(n - len(found), bits):
+            if key.sum() >= least:
+                found[key.tobytes()] = key
+    return np.array(list(found.values()), np.uint8).reshape(n, bits)
+
+
+def to_hex(key: np.ndarray) -> str:
+    """Write a key as hex digits in groups of four, the last group being check digits.
+
+    Four check digits find any single wrong digit, any two neighbours swapped, and all but 1 in
+    65,536 of other mistakes.
+
+    Args:
+        key: [k] of 0 and 1; the last hex digit is filled up with zeros.
+
+    Raises:
+        ValueError: other values, or another shape.
+    """
+    key = np.asarray(key)
+    if key.ndim != 1 or key.size == 0 or not np.isin(key, (0, 1)).all():
+        raise ValueError(f"A key is a vector of 0 and 1; got shape {list(key.shape)}, {key}.")
+    packed = np.packbits(key.astype(np.uint8)).tobytes()
+    digits = packed.hex()[: _digits(key.size)]
+    groups = [digits[i : i + _GROUP] for i in range(0, len(digits), _GROUP)]
+    return "-".join([*groups, _check(packed, key.size)])
+
+
+def from_hex(text: str, *, bits: int) -> np.ndarray:
+    """Read what `to_hex` wrote; capitals, spaces and missing hyphens are fine.
+
+    Args:
+        text: the written key.
+        bits: k, length of the key.
+
+    Returns:
+        uint8 [k].
+
+    Raises:
+        UserError: other characters, another length, or check digits that do not fit.
+    """
+    digits = "".join(text.lower().replace("-", "").split())
+    others = sorted(set(digits) - set("0123456789abcdef"))
+    if others:
+        raise UserError(f"A key is written in 0-9, a-f and hyphens; got '{''.join(others)}'.")
+    expected = _digits(bits) + _CHECK_DIGITS
+    if len(digits) != expected:
+        raise UserError(f"A key of {bits} bits has {expected} hex digits; got {len(digits)}.")
+    written, check = digits[:-_CHECK_DIGITS], digits[-_CHECK_DIGITS:]
+    packed = bytes.fromhex(written + "0" * (len(written) % 2))
+    key = np.unpackbits(np.frombuffer(packed, np.uint8))
+    if check != _check(packed, bits) or key[bits:].any():
+        raise UserError("The check digits do not fit the key: it was copied with a mistake.")
+    return key[:bits]
+
+
+def _random_bits(n, bits):
+    """Give uniform bits [n, bits] from the operating system."""
+    width = -(-bits // 8)
+    data = np.frombuffer(secrets.token_bytes(n * width), np.uint8).reshape(n, width)
+    return np.unpackbits(data, axis=1, count=bits)
+
+
+def _digits(bits):
+    return -(-bits // 4)
+
+
+def _check(packed, bits):
+    """Give CRC-16 of the packed key and its length, so that no key passes for a longer one."""
+    return f"{binascii.crc_hqx(bits.to_bytes(4, 'big') + packed, 0xFFFF):04x}"
