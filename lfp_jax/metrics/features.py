@@ -82,6 +82,11 @@ def save(path: str, classifier: Classifier, metadata: dict[str, Any]) -> None:
     store.save(path, params, {**metadata, "choices": [list(c) for c in classifier.choices]})
 
 
+def round_to_float16(classifier: Classifier) -> Classifier:
+    """Round the params to what `save` keeps of them, as float32."""
+    return jax.tree.map(lambda leaf: jnp.float32(np.float16(leaf)), classifier)
+
+
 def load_classifier(*, path: str | None = None) -> Classifier:
     """Read a classifier, as float32.
 

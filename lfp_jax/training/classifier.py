@@ -75,14 +75,16 @@ def train(
                 progress.update((step + 1) * batch_size, loss=float(loss))
 
     # What ships is float16: measure that.
-    metadata = {"note": _NOTE, "steps": steps, "batch_size": batch_size, "seed": seed}
-    path = os.path.join(workdir, "demo-classifier")
-    features.save(path, jax.device_get(state[0]), metadata)
-    shipped = features.load_classifier(path=path)
+    classifier = features.round_to_float16(jax.device_get(state[0]))
     metrics = {
-        "accuracy": accuracy(shipped, held_out, truth),
+        "accuracy": accuracy(classifier, held_out, truth),
         "seconds": {"value": round(time.monotonic() - begin, 1)},
     }
+    settings = {
+        "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed
+    }  # fmt: skip
+    metadata = {"note": _NOTE, "settings": settings, "metrics": metrics}
+    features.save(os.path.join(workdir, "demo-classifier"), classifier, metadata)
     logs.write_json(os.path.join(workdir, "metrics.json"), metrics)
     return metrics
 
