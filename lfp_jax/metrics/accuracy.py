@@ -1,0 +1,98 @@
+"""Rates of decoded keys, each with its interval.
+
+Computed on the host in float64. An image is one trial: bits of one image are right or wrong
+together, so that counting each as a trial would make an interval far too narrow.
+"""
+
+import dataclasses
+import math
+import statistics
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """A share with its interval."""
+
+    value: float  # successes / n
+    low: float
+    high: float
+    successes: float  # whole images, or the sum of images' shares of right bits
+    n: int  # images
+
+
+def word_accuracy(decoded: np.ndarray, keys: np.ndarray, *, confidence: float = 0.95) -> Rate:
+    """Compute the share of images with every bit right (the paper's attribution accuracy).
+
+    Args:
+        decoded: bits [n, k].
+        keys: the true bits [n, k], or one key [k].
+        confidence: of the Wilson interval.
+
+    Raises:
+        ValueError: shapes that do not fit, or no images.
+    """
+    return _rate(_agree(decoded, keys).all(axis=1), confidence)
+
+
+def bit_accuracy(decoded: np.ndarray, keys: np.ndarray, *, confidence: float = 0.95) -> Rate:
+    """Compute the share of right bits; the interval is Wilson's with an image as one trial.
+
+    That interval is exact in the worst case, all bits of an image alike, and too wide otherwise;
+    it is never too narrow.
+
+    Args:
+        decoded: bits [n, k].
+        keys: the true bits [n, k], or one key [k].
+        confidence: of the interval.
+
+    Raises:
+        ValueError: shapes that do not fit, or no images.
+    """
+    return _rate(_agree(decoded, keys).mean(axis=1), confidence)
+
+
+def wilson(successes: float, n: int, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Compute the Wilson score interval of a share.
+
+    Args:
+        successes: 0..n.
+        n: trials, at least 1.
+        confidence: between 0 and 1.
+
+    Returns:
+        (low, high), within 0..1.
+
+    Raises:
+        ValueError: a value outside its bounds.
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"A share needs 0 <= successes <= n, n >= 1; got {successes} of {n}.")
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence must be between 0 and 1; got {confidence}.")
+    z = statistics.NormalDist().inv_cdf(0.5 + confidence / 2.0)
+    share = successes / n
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    # At the ends the bound is the end itself, which rounding would miss by a hair.
+    low = 0.0 if successes == 0 else max(0.0, centre - half)
+    high = 1.0 if successes == n else min(1.0, centre + half)
+    return low, high
+
+
+def _agree(decoded, keys):
+    """Give right or wrong a bit, bool [n, k]."""
+    decoded, keys = np.asarray(decoded), np.asarray(keys)
+    if decoded.ndim != 2 or keys.shape not in (decoded.shape, decoded.shape[1:]):
+        raise ValueError(
+            f"Bits [n, k] and keys [n, k] or [k] are needed; "
+            f"got {list(decoded.shape)} and {list(keys.shape)}."
+        )
+    return decoded == keys
+
+
+def _rate(shares, confidence):
+    successes = float(shares.sum())
+    low, high = wilson(successes, len(shares), confidence=confidence)
+    return Rate(successes / len(shares), low, high, successes, len(shares))
