@@ -65,7 +65,7 @@ def to_hex(key: np.ndarray) -> str:
     """
     key = np.asarray(key)
     if key.ndim != 1 or key.size == 0 or not np.isin(key, (0, 1)).all():
-        raise ValueError(f"A key is a vector of 0 and 1; got shape {list(key.shape)}, {key}.")
+        raise ValueError(f"A key is a vector of 0 and 1; got {key.dtype} {list(key.shape)}.")
     packed = np.packbits(key.astype(np.uint8)).tobytes()
     digits = packed.hex()[: _digits(key.size)]
     groups = [digits[i : i + _GROUP] for i in range(0, len(digits), _GROUP)]

@@ -1,4 +1,4 @@
-"""Keys are unlike, uniform, never near all-zero under `binary`, and survive being copied by hand."""
+"""Keys are unlike, uniform, never near all-zero under `binary`, and survive copying by hand."""
 
 import numpy as np
 import pytest
