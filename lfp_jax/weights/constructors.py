@@ -121,7 +121,7 @@ def tensor(storage, offset, shape, strides, dtype=None):
         Invalid: the view reaches outside its storage, or is no view of a storage at all.
     """
     if isinstance(storage, Opaque):
-        raise Invalid(f"a tensor lies in a '{show(storage.name)}', which is not known here")
+        raise Invalid(f"a tensor lies in a '{show(storage)}', which is not known here")
     if not isinstance(storage, Storage):
         raise Invalid("a tensor lies in something that is no storage")
     dtype = storage.dtype if dtype is None else dtype
@@ -148,17 +148,13 @@ def _tensor_v2(storage, offset, shape, strides, *_):
 
 def _tensor_v3(storage, offset, shape, strides, _grad, _hooks, dtype, *_):
     if not isinstance(dtype, np.dtype):
-        raise Invalid(f"a tensor has the type '{_name(dtype)}', which is not known here")
+        raise Invalid(f"a tensor has the type '{show(dtype)}', which is not known here")
     return tensor(storage, offset, shape, strides, dtype)
-
-
-def _name(value):
-    return show(value.name if isinstance(value, Opaque) else type(value).__name__)
 
 
 def _from_type(function, _type, arguments, _state):
     if not isinstance(function, Constructor):
-        return Opaque(_name(function))
+        return Opaque(show(function))
     return function.make(*arguments)
 
 
@@ -244,7 +240,7 @@ class Constructors:
         return text.encode(encoding)
 
     def _reconstructed(self, kind, *_):
-        return kind.make() if isinstance(kind, Constructor) else Opaque(_name(kind))
+        return kind.make() if isinstance(kind, Constructor) else Opaque(show(kind))
 
     def _plain(self):
         mapping = Constructor(self._mapping)

@@ -8,7 +8,7 @@ budget, and keys of dicts are simple (a nested key could take for ever to hash).
 
 import pickletools
 
-_MAX_OPERATIONS = 5_000_000  # the largest known checkpoints have about 300,000
+_MAX_OPERATIONS = 2_000_000  # the largest known checkpoints need about 300,000
 _MAX_LINE = 4096
 _SIMPLE = (str, bytes, int, float, bool, type(None))
 
@@ -17,9 +17,11 @@ class Invalid(Exception):
     """What is wrong with a file, in one line without its name."""
 
 
-def show(text):
-    """Make a name out of a file fit for a message: printable and short."""
-    return ascii(str(text)[:100])[1:-1]
+def show(value):
+    """Make something out of a file fit for a message: printable and short."""
+    if not isinstance(value, str):  # text of a nested object could be endless
+        value = value.name if isinstance(value, Opaque) else f"<{type(value).__name__}>"
+    return ascii(value[:100])[1:-1]
 
 
 class Opaque:
@@ -34,7 +36,7 @@ class Opaque:
 
     def __repr__(self):
         """Show the name only: a state may be huge or refer to itself."""
-        return f"Opaque({show(self.name)})"
+        return f"Opaque({show(self)})"
 
 
 class Attributes(dict):

@@ -47,13 +47,13 @@ def read(path):
     except Invalid as error:
         raise UserError(f"Cannot read '{path}': {error}.") from None
     except OSError as error:
-        raise UserError(f"Cannot read '{path}': {error.strerror or show(error)}.") from None
+        raise UserError(f"Cannot read '{path}': {error.strerror or show(str(error))}.") from None
     except Exception as error:  # a damaged file can break pickletools, zipfile and numpy anywhere
         cause = f"{type(error).__name__}: {show(' '.join(str(error).split()))}"
         raise UserError(f"Cannot read '{path}': the file is damaged ({cause}).") from None
     if isinstance(result, Opaque):
         raise UserError(
-            f"'{path}' holds a pickled object of class '{show(result.name)}', which is not run; "
+            f"'{path}' holds a pickled object of class '{show(result)}', which is not run; "
             "needed are tensors in plain dicts, as model.state_dict() gives them."
         )
     return result
@@ -100,7 +100,7 @@ def _storage_id(value):
         raise Invalid("its pickle refers to something outside it that is no storage")
     kind, key, count = value[1], value[2], value[4]
     if isinstance(kind, Opaque):
-        raise Invalid(f"it holds a '{show(kind.name)}', which is not known here")
+        raise Invalid(f"it holds a '{show(kind)}', which is not known here")
     if not isinstance(kind, StorageType):
         raise Invalid("it holds a storage of no type")
     if not (isinstance(key, str) and _KEY.fullmatch(key)):
@@ -143,7 +143,7 @@ def _zip_members(data):
         with zipfile.ZipFile(_File(data)) as archive:
             listed = archive.infolist()
     except zipfile.BadZipFile as error:
-        raise Invalid(f"the zip file is damaged or cut short ({show(error)})") from None
+        raise Invalid(f"the zip file is damaged or cut short ({show(str(error))})") from None
     members = {info.filename: info for info in listed}
     if len(members) != len(listed):
         raise Invalid("its zip file holds two members of one name")
@@ -233,7 +233,8 @@ def _plain_pickle(stream, constructors):
 
 def _legacy_storages(data, stream, constructors, measured, little):
     keys = _plain_pickle(stream, constructors)
-    if not isinstance(keys, list) or set(map(show, keys)) != set(measured):
+    texts = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+    if not texts or set(keys) != set(measured):
         raise Invalid("its list of storages is not what its tensors need")
     storages, position = {}, stream.position
     for key in keys:
