@@ -126,7 +126,7 @@ def grid(images: np.ndarray, *, columns: int, margin: int = 2) -> np.ndarray:
     return sheet
 
 
-def enlarge(u8: np.ndarray, *, factor: int) -> np.ndarray:
+def enlarge(u8: np.ndarray, factor: int) -> np.ndarray:
     """Repeat every pixel `factor` times in both directions, so that small pictures can be seen."""
     return np.repeat(np.repeat(u8, factor, axis=0), factor, axis=1)
 

@@ -91,6 +91,17 @@ def test_interval_says_how_much_new_images_would_change_the_value():
     assert held >= 50  # 57 expected
 
 
+def test_a_fixed_set_is_not_redrawn():
+    rng = np.random.default_rng(4)
+    x, y = rng.normal(size=(2000, 4)), rng.normal(0.5, 1.0, (60, 4))
+    both, fixed = (
+        distances.frechet_interval(x, second, key=jax.random.key(0))
+        for second in (y, distances.moments(y))
+    )
+    assert both.value == fixed.value
+    assert fixed.high - fixed.low < 0.5 * (both.high - both.low)  # the small set varies most
+
+
 def test_old_style_keys_are_taken():
     x = np.random.default_rng(3).normal(size=(30, 3))
     distances.frechet_interval(x, x + 1.0, key=jax.random.PRNGKey(0), draws=2)

@@ -183,4 +183,4 @@ def test_grid_places_images_in_reading_order():
     assert sheet[1, 5].tolist() == [128, 128, 128]
     assert sheet[4, 1].tolist() == [191, 191, 191]
     assert sheet[4, 5].tolist() == [255, 255, 255]  # no fourth image
-    assert images.enlarge(sheet, factor=2).shape == (14, 18, 3)
+    assert images.enlarge(sheet, 2).shape == (14, 18, 3)

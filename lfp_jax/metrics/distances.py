@@ -79,7 +79,7 @@ def frechet(
 
 def frechet_interval(
     features1: np.ndarray,
-    features2: np.ndarray,
+    features2: np.ndarray | tuple[np.ndarray, np.ndarray],
     *,
     key: jax.Array,
     draws: int = 50,
@@ -87,14 +87,14 @@ def frechet_interval(
 ) -> Distance:
     """Compute the Fréchet distance of two sets of features with a bootstrap interval.
 
-    Both sets are drawn again with replacement. A redrawn set has fewer distinct rows, which raises
+    The sets are drawn again with replacement. A redrawn set has fewer distinct rows, which raises
     every redrawn distance, so the spread of the draws about their mean is laid about the value. The
     interval thus says how much the distance at *these* numbers of images varies; the upward bias
     that a finite number of images gives the value itself is in it (compare with a floor).
 
     Args:
         features1: [n1, f].
-        features2: [n2, f].
+        features2: [n2, f]; or the `moments` of a set that is fixed, which is then not redrawn.
         key: random key.
         draws: bootstrap samples, at least 2.
         confidence: of the interval.
@@ -104,18 +104,14 @@ def frechet_interval(
     """
     if draws < 2:
         raise ValueError(f"An interval needs at least 2 draws; got {draws}.")
-    features1, features2 = np.asarray(features1), np.asarray(features2)
-    value = frechet(*moments(features1), *moments(features2))
-    seeds = np.asarray(jax.random.key_data(key)).ravel().tolist()
-    generator = np.random.default_rng(seeds)
-    redrawn = np.array(
-        [
-            frechet(
-                *moments(_redraw(generator, features1)), *moments(_redraw(generator, features2))
-            )
-            for _ in range(draws)
-        ]
-    )
+    fixed = isinstance(features2, tuple)
+    value = frechet(*moments(features1), *(features2 if fixed else moments(features2)))
+    generator = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
+    redrawn = np.zeros(draws)
+    for i in range(draws):
+        first = moments(_redraw(generator, features1))
+        second = features2 if fixed else moments(_redraw(generator, features2))
+        redrawn[i] = frechet(*first, *second)
     tail = (1.0 - confidence) / 2.0
     low, high = np.quantile(redrawn - redrawn.mean(), [tail, 1.0 - tail])
     return Distance(value, max(0.0, value + float(low)), value + float(high), draws)
@@ -128,4 +124,5 @@ def _root(covariance):
 
 
 def _redraw(generator, features):
+    features = np.asarray(features)
     return features[generator.integers(0, len(features), len(features))]
