@@ -146,6 +146,16 @@ def test_nvlabs_objects_become_inert_records(read):
     np.testing.assert_array_equal(module.state["_parameters"]["weight"], array)
 
 
+def test_an_unknown_storage_is_inert_until_a_tensor_needs_it(read):
+    parts = (plain("storage"), named("torch", "QInt8Storage"), plain("0"), plain("cpu"), plain(2))
+    held = b"(" + b"".join(parts) + b"tQ"
+    quantized = call(named("torch._utils", "_rebuild_qtensor"), held, plain(0))
+    unused = read(write.Torch().zip(mapping({"x": quantized})))["x"]
+    assert unused.name == "torch._utils._rebuild_qtensor"
+    body = write.view(held, offset=0, shape=(2,), strides=(1,))
+    _fails(read, write.Torch().zip(body), "torch.QInt8Storage")
+
+
 def test_namespaces_are_dicts_and_unknown_classes_are_inert(read):
     namespace = call(named("argparse", "Namespace")) + plain({"size": 64}) + b"b"
     callback = named("pytorch_lightning.callbacks", "ModelCheckpoint")
@@ -289,7 +299,9 @@ def _zip_cases():
     claims = bytearray(good)
     entry = claims.rindex(b"PK\x01\x02")
     claims[entry + 20 : entry + 28] = struct.pack("<II", 2**31, 2**31)
-    script = torch.zip(body, extra=[("model/constants.pkl", b"")])
+    script = big.zip(
+        swollen, compression=zipfile.ZIP_DEFLATED, extra=[("model/constants.pkl", b"")]
+    )
     return {
         "compressed": (big.zip(swollen, compression=zipfile.ZIP_DEFLATED), "compressed"),
         "claimed size": (bytes(claims), "more bytes than the file has"),

@@ -46,6 +46,11 @@ def _assert_shapes(checkpoint):
     assert {x.dtype for x in jax.tree.leaves(found)} == {np.dtype(np.float32)}
 
 
+_map = jax.jit(lambda generator, z: generator.map(z))
+_decode = jax.jit(lambda generator, w: generator.decode(w))
+_judge = jax.jit(lambda discriminator, images: discriminator(images))
+
+
 def _last(images):
     return np.transpose(images, (0, 2, 3, 1))
 
@@ -64,10 +69,10 @@ def test_rosinality_golden():
     io = np.load(GOLDEN / "sg2_rosinality" / "io.npz")
     np.testing.assert_array_equal(checkpoint.w_avg, io["latent_avg"])
     generator, discriminator = _networks(checkpoint)
-    np.testing.assert_allclose(generator.map(io["z"]), io["w"], rtol=2e-5, atol=2e-5)
-    images = generator.decode(jnp.asarray(io["w"]))
+    np.testing.assert_allclose(_map(generator, io["z"]), io["w"], rtol=2e-5, atol=2e-5)
+    images = _decode(generator, io["w"])
     np.testing.assert_allclose(images, _last(io["img_registered"]), **TOLERANCE)
-    logits = discriminator(jnp.asarray(_last(io["d_images"])))
+    logits = _judge(discriminator, _last(io["d_images"]))
     np.testing.assert_allclose(logits, io["d_logits"], **TOLERANCE)
 
 
@@ -81,10 +86,10 @@ def test_nvlabs_golden():
     io = np.load(GOLDEN / "sg2_nvlabs" / "io.npz")
     np.testing.assert_array_equal(checkpoint.w_avg, io["w_avg"])
     generator, discriminator = _networks(checkpoint)
-    np.testing.assert_allclose(generator.map(io["z"]), io["ws_psi1"][:, 0], rtol=2e-5, atol=2e-5)
-    images = generator.decode(jnp.asarray(io["wplus"]))
+    np.testing.assert_allclose(_map(generator, io["z"]), io["ws_psi1"][:, 0], rtol=2e-5, atol=2e-5)
+    images = _decode(generator, io["wplus"])
     np.testing.assert_allclose(images, _last(io["img_wplus"]), **TOLERANCE)
-    logits = discriminator(jnp.asarray(_last(io["d_images"])))
+    logits = _judge(discriminator, _last(io["d_images"]))
     np.testing.assert_allclose(logits, io["d_logits"], **TOLERANCE)
 
 

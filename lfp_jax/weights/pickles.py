@@ -124,6 +124,8 @@ def _read_zip(data, constructors):
     cache = {}
 
     def persistent(value):
+        if isinstance(value, tuple) and len(value) > 1 and isinstance(value[1], Opaque):
+            return value[1]  # of a type unknown here: an error only if a tensor lies in it
         dtype, key, count = _storage_id(value)
         if (key, dtype) not in cache:
             content = _member(data, members, f"{prefix}data/{key}")
@@ -147,11 +149,8 @@ def _zip_members(data):
     members = {info.filename: info for info in listed}
     if len(members) != len(listed):
         raise Invalid("its zip file holds two members of one name")
-    # Torch stores members as they are; a compressed or overlapping one could swell on reading.
-    for info in listed:
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            raise Invalid(f"its zip member '{show(info.filename)}' is compressed or encrypted")
-    if sum(info.file_size for info in listed) > len(data):
+    # A member that overlaps others could make a small file a lot of work.
+    if sum(info.compress_size for info in listed) > len(data):
         raise Invalid("its zip members claim more bytes than the file has")
     return members
 
@@ -161,6 +160,9 @@ def _member(data, members, name):
     if name not in members:
         raise Invalid(f"its zip file has no member '{show(name)}'")
     info = members[name]
+    # Torch stores members as they are; a compressed one could swell on reading.
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+        raise Invalid(f"its zip member '{show(name)}' is compressed or encrypted")
     header = data[info.header_offset : info.header_offset + _LOCAL_HEADER.size]
     magic, name_size, extra_size = _LOCAL_HEADER.unpack(header)
     start = info.header_offset + _LOCAL_HEADER.size + name_size + extra_size
