@@ -60,11 +60,14 @@ def test_images_of_another_size_are_refused(small):
 def test_save_and_load_keep_the_classifier_to_float16(small, tmp_path):
     classifier, images = small
     path = str(tmp_path / "classifier")
-    features.save(path, classifier, {"note": "test"})
+    mean, covariance = np.arange(128.0), np.eye(128)
+    features.save(path, classifier, {"note": "test"}, reference=(mean, covariance))
     again = features.load_classifier(path=path)
     assert again.choices == classifier.choices
     same = jax.tree.map(lambda a, b: np.array_equal(np.float16(a), b), classifier, again)
     assert all(jax.tree.leaves(same))
+    np.testing.assert_array_equal(features.load_reference(path=path)[0], mean)
+    np.testing.assert_array_equal(features.load_reference(path=path)[1], covariance)
     store.save(str(tmp_path / "other"), {"a": np.zeros(2)}, {})
     with pytest.raises(UserError, match="holds no attribute classifier"):
         features.load_classifier(path=str(tmp_path / "other"))
@@ -88,6 +91,7 @@ def test_training_learns_and_repeats(tmp_path):
     again = training.train(data=folder, workdir=tmp_path / "b", **settings)
     assert first["accuracy"]["background"] == {"value": 1.0, "images": 8}
     assert first["accuracy"] == again["accuracy"]
+    assert first["fd_floor"] == again["fd_floor"] and first["fd_floor"]["images"] == 8
     metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
     assert metrics["accuracy"] == first["accuracy"]
     weights = [
@@ -107,7 +111,7 @@ def test_the_shipped_classifier_knows_what_it_draws():
     faces = faces.reshape(4, 64, 8, 64, 3).swapaxes(1, 2).reshape(32, 64, 64, 3)
     truth = json.loads((_FACES / "labels.json").read_text())
     found = features.attributes(classifier, image_files.from_uint8(faces))
-    for name in ("background", "clothes_color", "hair", "hair_color", "skin"):
+    for name in ("background", "clothes_color", "hair", "hair_color", "mouth", "skin"):
         assert np.mean(found[name] == np.array(truth[name])) >= 0.9, name
 
 

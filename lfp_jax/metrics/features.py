@@ -76,10 +76,26 @@ def init(key: jax.Array, *, choices: dict[str, list[str]]) -> Classifier:
     return Classifier(params={"net": net, "head": head}, choices=names)
 
 
-def save(path: str, classifier: Classifier, metadata: dict[str, Any]) -> None:
-    """Write a classifier to the native store, in float16."""
+def save(
+    path: str,
+    classifier: Classifier,
+    metadata: dict[str, Any],
+    *,
+    reference: tuple[np.ndarray, np.ndarray],
+) -> None:
+    """Write a classifier to the native store, in float16.
+
+    Args:
+        path: the folder to make.
+        classifier: the classifier.
+        metadata: how it was made, JSON-able.
+        reference: mean [f] and covariance [f, f] of the features of the reference pictures; kept
+            in float32, so that distances to them need no pictures.
+    """
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), classifier.params)
-    store.save(path, params, {**metadata, "choices": [list(c) for c in classifier.choices]})
+    mean, covariance = (np.asarray(part, np.float32) for part in reference)
+    tree = {"params": params, "reference": {"mean": mean, "covariance": covariance}}
+    store.save(path, tree, {**metadata, "choices": [list(c) for c in classifier.choices]})
 
 
 def round_to_float16(classifier: Classifier) -> Classifier:
@@ -96,15 +112,31 @@ def load_classifier(*, path: str | None = None) -> Classifier:
     Raises:
         UserError: the folder is missing, damaged, or holds something else.
     """
+    tree, choices = _load(path)
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree["params"])
+    return Classifier(params=params, choices=choices)
+
+
+def load_reference(*, path: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Read mean [f] and covariance [f, f] of the features of the held-out pictures, float64.
+
+    Args:
+        path: a folder that `save` made; default the one that ships with the package.
+
+    Raises:
+        UserError: the folder is missing, damaged, or holds something else.
+    """
+    reference = _load(path)[0]["reference"]
+    return reference["mean"].astype(np.float64), reference["covariance"].astype(np.float64)
+
+
+def _load(path: str | None) -> tuple[dict[str, Any], Choices]:
     if path is None:
         path = str(resources.files("lfp_jax") / "assets" / "demo-classifier")
-    params, metadata = store.load(path)
-    if "choices" not in metadata:
+    tree, metadata = store.load(path)
+    if "choices" not in metadata or set(tree) != {"params", "reference"}:
         raise UserError(f"'{path}' holds no attribute classifier.")
-    choices = tuple((name, tuple(values)) for name, values in metadata["choices"])
-    return Classifier(
-        params=jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params), choices=choices
-    )
+    return tree, tuple((name, tuple(values)) for name, values in metadata["choices"])
 
 
 @jax.jit

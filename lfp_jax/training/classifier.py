@@ -12,7 +12,7 @@ import optax
 
 from lfp_jax import images as image_files
 from lfp_jax import logs, sharding
-from lfp_jax.metrics import features
+from lfp_jax.metrics import distances, features
 from lfp_jax.training import data as pictures
 
 _LOG_EVERY = 50
@@ -43,7 +43,8 @@ def train(
         seed: of weights, order of pictures and augmentation.
 
     Returns:
-        What `metrics.json` holds: held-out accuracy of each attribute.
+        What `metrics.json` holds: held-out accuracy of each attribute, and the Fréchet distance of
+        training to held-out pictures.
 
     Raises:
         UserError: the folder is missing or not complete, or the batch does not fit the devices.
@@ -56,7 +57,7 @@ def train(
 
     # Model and optimiser, the same on each device.
     mesh = sharding.mesh()
-    key_init, key_steps = jax.random.split(jax.random.key(seed))
+    key_init, key_steps, key_measure = jax.random.split(jax.random.key(seed), 3)
     classifier = features.init(key_init, choices=choices)
     schedule = optax.cosine_decay_schedule(learning_rate, steps)
     optimizer = optax.adam(schedule)
@@ -64,6 +65,7 @@ def train(
 
     # Training.
     log = logs.MetricLog(os.path.join(workdir, "log.jsonl"))
+    log.truncate(0)  # a run starts from the beginning
     with logs.Progress(steps * batch_size, label="classifier") as progress:
         for step in range(steps):
             index = pictures.batch_indices(seed, len(images), batch=batch_size, step=step)
@@ -76,17 +78,53 @@ def train(
 
     # What ships is float16: measure that.
     classifier = features.round_to_float16(jax.device_get(state[0]))
-    metrics = {
-        "accuracy": accuracy(classifier, held_out, truth),
-        "seconds": {"value": round(time.monotonic() - begin, 1)},
-    }
-    settings = {
-        "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed
-    }  # fmt: skip
+    metrics, reference = measure(
+        key_measure, classifier, seen=images[: len(held_out)], held_out=held_out, truth=truth
+    )
+    metrics["seconds"] = {"value": round(time.monotonic() - begin, 1)}
+    settings = {"steps": steps, "batch_size": batch_size, "seed": seed}
+    settings["learning_rate"] = learning_rate
     metadata = {"note": _NOTE, "settings": settings, "metrics": metrics}
-    features.save(os.path.join(workdir, "demo-classifier"), classifier, metadata)
+    path = os.path.join(workdir, "demo-classifier")
+    features.save(path, classifier, metadata, reference=reference)
     logs.write_json(os.path.join(workdir, "metrics.json"), metrics)
     return metrics
+
+
+def measure(
+    key: jax.Array,
+    classifier: features.Classifier,
+    *,
+    seen: np.ndarray,
+    held_out: np.ndarray,
+    truth: dict[str, np.ndarray],
+) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]:
+    """Measure accuracy, and the distance of training to held-out pictures.
+
+    No generator can be asked for a distance below that floor.
+
+    Args:
+        key: random key, for the interval.
+        classifier: the classifier.
+        seen: uint8 training pictures [n, 64, 64, 3].
+        held_out: uint8 held-out pictures [m, 64, 64, 3].
+        truth: labels of those, {attribute: int [m]}.
+
+    Returns:
+        {"accuracy": ..., "fd_floor": ...}, and mean and covariance of the held-out features.
+    """
+    found = features.features_in_batches(classifier, held_out)
+    floor = distances.frechet_interval(
+        features.features_in_batches(classifier, seen), found, key=key, draws=20
+    )
+    metrics = {
+        "accuracy": accuracy(classifier, held_out, truth),
+        "fd_floor": {
+            "value": floor.value, "low": floor.low, "high": floor.high,
+            "features": features.NAME, "images": len(seen), "reference_images": len(held_out),
+        },
+    }  # fmt: skip
+    return metrics, distances.moments(found)
 
 
 def accuracy(
