@@ -1,0 +1,46 @@
+"""Trains the bundled generator, `stylegan2-demo`, on 64 x 64 faces of the style toon-head.
+
+    node lfp_jax/training/toon_head.mjs --out data/toon_head      (see the README, Training)
+    python -m lfp_jax.main --config=configs/train_stylegan2_demo.py --config.data=data/toon_head
+"""
+
+import ml_collections
+
+from configs.common import parse_arg
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """Describe the training run.
+
+    Args:
+      arg: `tiny` for a few steps of a small network.
+    """
+    switches = parse_arg(arg, tiny=False)
+    config = ml_collections.ConfigDict()
+    config.task = "stylegan2"
+    config.data = "data/toon_head"
+    config.total_images = 400_000
+    config.resolution = 64
+    config.channels = (128, 128, 96, 32, 16)
+    config.discriminator_channels = (128, 96, 64, 32, 16)
+    config.w_dim = 512
+    config.mapping_layers = 8
+    config.batch = 16
+    config.learning_rate = 0.002
+    config.r1_gamma = 0.5
+    config.r1_every = 16
+    config.path_weight = 0.0
+    config.path_every = 4
+    config.mixing = 0.9
+    config.flip = False  # partings and jackets are not symmetric
+    config.ema_images = 10_000
+    config.seed = 0
+    config.log_every = 50
+    config.save_every = 1_000
+    config.grid_every = 500
+    if switches.tiny:
+        config.channels = config.discriminator_channels = (16, 16, 8)
+        config.resolution, config.w_dim, config.mapping_layers, config.batch = 16, 32, 2, 8
+        config.total_images, config.log_every = 64, 1
+        config.save_every = config.grid_every = 4
+    return config

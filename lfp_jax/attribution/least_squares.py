@@ -1,0 +1,227 @@
+"""Estimate the key of images by Levenberg-Marquardt: estimator `lm`.
+
+Unknowns, whitened, theta = (alpha / s of the leading nuisance directions, 2 phi - 1), with prior
+N(0, I). Residuals are pixel differences; a pixel the 8-bit range clips counts only when the model
+is on the wrong side of the bound. Outer step: one Jacobian by chunked forward mode and one Cholesky
+factor; inner (chord) steps reuse both. The noise variance follows the current residual, so early
+steps are damped by the prior and late ones are exact.
+
+    (J^T J / v + I) step = -(J^T r / v + theta)
+"""
+
+from functools import partial
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lfp_jax.attribution.inversion import Solution, decode_flat, residual
+from lfp_jax.logs import Progress
+
+_CHUNK = 64  # tangents pushed through the generator at once
+_BOUND = 1.0 - 1.0 / 255.0  # a target beyond this may have been clipped
+_QUANTUM = (2.0 / 255.0) ** 2 / 12.0  # variance of rounding to 8 bits on the [-1, 1] scale
+_SHRINK = (1.0, 0.5, 0.25, 0.1)  # step lengths tried by a chord step, longest first
+_THUMBNAIL = 16
+
+
+class Bank(flax.struct.PyTreeNode):
+    """Samples of the prior and small pictures of them: the nearest one is a start."""
+
+    latents: jax.Array  # [N, d]
+    thumbnails: jax.Array  # [N, t * t * C]
+
+
+def thumbnails(images):
+    """Average images [n, H, W, C] over blocks down to about 16 x 16; flat rows [n, t * t * C]."""
+    n, height, width, channels = images.shape
+    rows, columns = max(height // _THUMBNAIL, 1), max(width // _THUMBNAIL, 1)
+    cut = images[:, : height // rows * rows, : width // columns * columns]
+    blocks = cut.reshape(n, height // rows, rows, width // columns, columns, channels)
+    return jnp.clip(blocks, -1.0, 1.0).mean((2, 4)).reshape(n, -1)
+
+
+def make_bank(key, generator, *, size, batch=256):
+    """Decode `size` samples of the prior and keep their thumbnails.
+
+    Made once a generator and design point; shared by all images and users.
+    """
+
+    @jax.jit
+    def draw(generator, key, start):
+        w = generator.sample(key, batch, start=start)
+        return w.reshape(batch, -1), thumbnails(generator.decode(w))
+
+    parts = []
+    with Progress(size, label="bank") as progress:
+        for start in range(0, size, batch):
+            parts.append(jax.device_get(draw(generator, key, start)))
+            progress.update(min(start + batch, size))
+    latents, small = (np.concatenate(part)[:size] for part in zip(*parts, strict=True))
+    return Bank(jnp.asarray(latents), jnp.asarray(small))
+
+
+@jax.jit
+def nearest(bank, images):
+    """Find the latents [n, d] of the bank whose thumbnails are nearest to the images'."""
+    small = thumbnails(images)
+    distance = jnp.sum(jnp.square(bank.thumbnails), axis=1)[None] - 2.0 * jnp.einsum(
+        "nt,bt->nb", small, bank.thumbnails, precision="highest"
+    )
+    return bank.latents[jnp.argmin(distance, axis=1)]
+
+
+class _Directions(flax.struct.PyTreeNode):
+    """theta -> w = mean + directions theta."""
+
+    mean: jax.Array  # [d]
+    directions: jax.Array  # [d, q], scaled: nuisance stddev, then strength / 2
+    nuisance: int = flax.struct.field(pytree_node=False)  # leading entries that are nuisance
+
+
+def whiten(space, *, strength, code, nuisance):
+    """Set up the whitened coordinates; `nuisance` leading directions stay free (None: all)."""
+    free = space.nuisance.shape[1] if nuisance is None else min(nuisance, space.nuisance.shape[1])
+    half = 0.5 * strength
+    # strength c(phi) = half (2 phi - 1), shifted by half under the binary code.
+    shift = half * jnp.sum(space.carrier, axis=1) if code == "binary" else 0.0
+    loud = space.nuisance[:, :free] * space.nuisance_stddev[None, :free]
+    directions = jnp.concatenate([loud, half * space.carrier], axis=1)
+    return _Directions(space.mean + shift, directions, free)
+
+
+def _place(frame, theta):
+    return frame.mean + jnp.einsum("dq,q->d", frame.directions, theta, precision="highest")
+
+
+def _model(generator, frame, theta):
+    return decode_flat(generator, _place(frame, theta)[None])[0]
+
+
+def _difference(made, target):
+    """Pixel residual, zero where a clipped target is overshot; and the mask of live pixels."""
+    over = (target >= _BOUND) & (made > target) | (target <= -_BOUND) & (made < target)
+    return jnp.where(over, 0.0, made - target), ~over
+
+
+def _jacobian(generator, frame, theta):
+    """Image [H, W, C] and Jacobian [q, H * W * C] by forward mode, a chunk of tangents a time."""
+    count = theta.shape[0]
+    tangents = jnp.eye(count, dtype=theta.dtype)
+    tangents = jnp.pad(tangents, ((0, -count % _CHUNK), (0, 0))).reshape(-1, _CHUNK, count)
+    image, push = jax.linearize(lambda theta: _model(generator, frame, theta), theta)
+    columns = jax.lax.map(jax.vmap(push), tangents)
+    return image, columns.reshape(-1, image.size)[:count]
+
+
+def _cost(difference, theta, variance):
+    return jnp.sum(jnp.square(difference)) / variance + jnp.sum(jnp.square(theta))
+
+
+def _outer_step(generator, frame, target, theta, chords):
+    """One Jacobian and `chords` chord steps for one image; returns theta and its covariance."""
+    image, jacobian = _jacobian(generator, frame, theta)
+    difference, live = _difference(image, target)
+    jacobian = jacobian * live.reshape(1, -1)
+    variance = jnp.maximum(jnp.mean(jnp.square(difference)), _QUANTUM)
+    gram = jnp.einsum("qp,rp->qr", jacobian, jacobian, precision="highest") / variance
+    factor = jax.scipy.linalg.cho_factor(gram + jnp.eye(len(theta)), lower=True)
+
+    def evaluate(theta):
+        difference, _ = _difference(_model(generator, frame, theta), target)
+        return difference, _cost(difference, theta, variance)
+
+    def chord(carry, _):
+        theta, difference, cost = carry
+        slope = jnp.einsum("qp,p->q", jacobian, difference.reshape(-1), precision="highest")
+        step = -jax.scipy.linalg.cho_solve(factor, slope / variance + theta)
+        trials = theta[None] + jnp.asarray(_SHRINK)[:, None] * step[None]
+        differences, costs = jax.vmap(evaluate)(trials)
+        costs = jnp.where(jnp.isfinite(costs), costs, jnp.inf)
+        best = jnp.argmin(costs)
+        better = costs[best] < cost
+        chosen = (trials[best], differences[best], costs[best])
+        return jax.tree.map(partial(jnp.where, better), chosen, carry), None
+
+    carry = (theta, difference, _cost(difference, theta, variance))
+    theta, _, _ = jax.lax.scan(chord, carry, length=chords)[0]
+    return theta, factor[0]
+
+
+@partial(jax.jit, static_argnames=("chords",))
+def _outer_steps(generator, frame, targets, theta, *, chords):
+    """The outer step for a batch [n, ...] of images, one after the other (memory)."""
+    return jax.lax.map(
+        lambda each: _outer_step(generator, frame, each[0], each[1], chords), (targets, theta)
+    )
+
+
+def lm(
+    key,
+    generator,
+    space,
+    images,
+    *,
+    strength,
+    code,
+    bank,
+    nuisance=None,
+    jacobians=5,
+    chords=3,
+    batch=8,
+    progress=True,
+):
+    """Estimate keys by Levenberg-Marquardt from the nearest sample of a bank.
+
+    Args:
+        key: unused; every estimator takes one.
+        generator: a frozen generator.
+        space: carrier, nuisance and mean.
+        images: [n, H, W, C] in [-1, 1], already through 8 bits.
+        strength, code: as injected.
+        bank: prior samples to start from (`make_bank`).
+        nuisance: leading nuisance directions that stay free; None for all.
+        jacobians: outer steps; chords: inner steps on each Jacobian.
+        batch: images a compiled call.
+        progress: show a progress line.
+
+    Returns:
+        A Solution; soft bits are sigmoid(2 b / var b) of the whitened bit b at the solution.
+    """
+    del key
+    frame = whiten(space, strength=strength, code=code, nuisance=nuisance)
+    images = jnp.asarray(images)
+    n, count = len(images), frame.directions.shape[1]
+    start = nearest(bank, images) - space.mean[None]
+    loud = jnp.einsum("nd,dm->nm", start, space.nuisance[:, : frame.nuisance], precision="highest")
+    loud = loud / jnp.maximum(space.nuisance_stddev[None, : frame.nuisance], 1e-8)
+    theta = jnp.pad(loud, ((0, 0), (0, count - frame.nuisance)))
+    parts = []
+    with Progress(n, label="lm") as line:
+        for i in range(0, n, batch):
+            rows = [min(j, n - 1) for j in range(i, i + batch)]  # one shape, one compilation
+            parts.append(_solve(generator, frame, images[np.array(rows)], theta[np.array(rows)],
+                                jacobians=jacobians, chords=chords))  # fmt: skip
+            if progress:
+                line.update(min(i + batch, n))
+    soft, w, rms = (jnp.concatenate(part)[:n] for part in zip(*parts, strict=True))
+    tangents = count + -count % _CHUNK
+    cost = jacobians * (tangents + chords * len(_SHRINK) + 1) + 1
+    return Solution(soft, w, rms, jnp.full((n,), cost))
+
+
+def _solve(generator, frame, targets, theta, *, jacobians, chords):
+    for _ in range(jacobians):
+        theta, factor = _outer_steps(generator, frame, targets, theta, chords=chords)
+    w = jax.vmap(partial(_place, frame))(theta)
+    soft = jax.vmap(partial(_soft_bits, frame))(theta, factor)
+    return soft, w, residual(generator, w, targets)
+
+
+def _soft_bits(frame, theta, factor):
+    """Probability that each bit is one, from the Gaussian at the solution, nuisance marginalised."""
+    bits = theta[frame.nuisance :]
+    units = jnp.eye(len(theta))[:, frame.nuisance :]
+    half = jax.scipy.linalg.solve_triangular(factor, units, lower=True)
+    return jax.nn.sigmoid(2.0 * bits / jnp.sum(jnp.square(half), axis=0))

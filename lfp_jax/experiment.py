@@ -1,0 +1,251 @@
+"""One design point, top to bottom: generator, basis, keys, images, estimate, measure, show."""
+
+import importlib.metadata
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lfp_jax import basis, fingerprint, generators, images, keys, logs
+from lfp_jax.attribution import inversion, least_squares
+from lfp_jax.errors import UserError, choose
+from lfp_jax.generators import stylegan2
+from lfp_jax.metrics import accuracy, distances, features, perceptual
+from lfp_jax.weights import store
+
+_BATCH = 64
+_COLUMNS = 8
+_DRAWS = 100  # bootstrap draws of a distance
+
+# Everything random in a run comes from one of these folds of the seed.
+_BASIS, _IMAGES, _KEYS, _BANK, _ESTIMATE, _QUALITY, _BOOTSTRAP = range(7)
+
+
+def run(config, workdir):
+    """Run one design point and write metrics.json and pictures into `workdir`.
+
+    Args:
+        config: see configs/stylegan2.py.
+        workdir: folder for results; a basis it holds is used again if it fits.
+
+    Returns:
+        The metrics, as written.
+
+    Raises:
+        UserError: a setting out of bounds, or weights that cannot be read.
+    """
+    workdir = Path(workdir)
+    _check(config)
+    key = jax.random.key(config.seed)
+    fold = [jax.random.fold_in(key, i) for i in range(7)]
+
+    # --- generator and basis -----------------------------------------------------------------
+    generator = _load_generator(config.generator)
+    directions = _basis(fold[_BASIS], generator, config.basis_samples, workdir, config.seed)
+    space = basis.split(directions, bits=config.bits, shift=config.shift)
+
+    # --- users, keys, images through 8 bits ----------------------------------------------------
+    # An experiment must be repeatable, so its keys come from the seed; real ones do not.
+    users = _draw_bits(fold[_KEYS], config.users, config.bits)
+    owner = np.arange(config.images) % config.users
+    truth = users[owner]
+    mark = dict(strength=config.strength, code=config.code)
+    latents = generator.sample(fold[_IMAGES], config.images)
+    marked = fingerprint.inject(space, latents, truth, **mark)
+    plain = images.png_round_trip(_decode(generator, latents))
+    made = images.png_round_trip(_decode(generator, marked))
+    _write_pngs(workdir / "images", made)
+    issued = {"keys": [keys.to_hex(user) for user in users], "user_of_image": owner}
+    logs.write_json(workdir / "keys.json", issued)
+
+    # --- estimate ------------------------------------------------------------------------------
+    estimator, setup_seconds = _estimator(config, fold[_BANK], generator)
+    start = time.monotonic()
+    solution = estimator(fold[_ESTIMATE], generator, space, made, **mark)
+    solution = inversion.host(solution)
+    seconds = time.monotonic() - start
+
+    # --- measure -------------------------------------------------------------------------------
+    n = config.images
+    metrics = {
+        "bit_accuracy": _rate(accuracy.bit_accuracy(solution.bits, truth), n),
+        "word_accuracy": _rate(accuracy.word_accuracy(solution.bits, truth), n),
+        "psnr": _mean(jax.vmap(perceptual.psnr)(made, plain), unit="dB"),
+        "ssim": _mean(jax.vmap(perceptual.ssim)(made, plain)),
+        "residual": _mean(solution.residual),
+        "generator_evaluations": _mean(solution.evaluations),
+        "seconds_per_image": {"value": seconds / n, "images": n, "setup_seconds": setup_seconds},
+    }
+    if config.fd_images:
+        metrics |= _frechet(fold, generator, space, config)
+    metrics |= {
+        "settings": config.to_dict(),
+        "versions": _versions(),
+        "generator": {"name": generator.name, "sha256": generator.sha256},
+    }
+
+    # --- show ----------------------------------------------------------------------------------
+    logs.write_json(workdir / "metrics.json", metrics)
+    rebuilt = _decode(generator, jnp.asarray(solution.latents))
+    sheet = _sheet(plain, made, rebuilt)
+    images.write_png(workdir / "grid.png", images.enlarge(sheet, max(1, 96 // made.shape[1])))
+    print(table(metrics))
+    print(f"Results: {workdir}/metrics.json, pictures: {workdir}/grid.png, {workdir}/images/")
+
+
+def table(metrics):
+    """Lay the measured quantities out as lines of text."""
+    lines = [f"{'quantity':<24}{'value':>10}  {'95 % interval':<20}{'images':>7}  note"]
+    for name, entry in metrics.items():
+        if not isinstance(entry, dict) or "value" not in entry:
+            continue
+        interval = f"{entry['low']:.4g} - {entry['high']:.4g}" if "low" in entry else ""
+        notes = [entry.get("unit"), entry.get("features"), entry.get("reference")]
+        note = ", ".join(filter(None, notes))
+        value = f"{entry['value']:>10.4g}"
+        lines.append(f"{name:<24}{value}  {interval:<20}{entry['images']:>7}  {note}".rstrip())
+    return "\n".join(lines)
+
+
+def _check(config):
+    if config.images < 1 or config.users < 1:
+        raise UserError(f"users and images must be >= 1; got {config.users}, {config.images}.")
+    if not config.strength > 0:
+        raise UserError(f"strength must be > 0; got {config.strength}.")
+    choose(config.code, fingerprint.CODES, "code")
+    choose(config.estimator, dict.fromkeys(("adam", "lm")), "estimator")
+
+
+def _load_generator(source):
+    if source != "stylegan2-tiny":
+        return generators.load(source)
+    arch = stylegan2.Architecture(
+        resolution=64, channels=(16, 16, 8, 8, 8), z_dim=32, w_dim=32,
+        mapping_layers=2, mapping_width=32,
+    )  # fmt: skip
+    return stylegan2.random_generator(jax.random.key(0), arch, name=source)
+
+
+def _basis(key, generator, samples, workdir, seed):
+    """Fit the basis, or take the one in the workdir if the same generator and samples made it."""
+    path = str(workdir / "basis")
+    wanted = {"kind": "basis", "generator": generator.name, "sha256": generator.sha256}
+    wanted |= {"samples": samples, "seed": seed}
+    if store.is_store(path):
+        tree, metadata = store.load(path)
+        if metadata == wanted:
+            return basis.Basis(**tree)
+    draw = jax.jit(lambda generator, key, start: generator.sample(key, _BATCH, start=start))
+    parts = [np.asarray(draw(generator, key, i)) for i in range(0, samples, _BATCH)]
+    fitted = basis.fit(np.concatenate(parts)[:samples])
+    tree = {"mean": fitted.mean, "components": fitted.components, "stddev": fitted.stddev}
+    store.save(path, tree, wanted)
+    return fitted
+
+
+@jax.jit
+def _decode_batch(generator, latents):
+    return generator.decode(latents)
+
+
+def _decode(generator, latents):
+    """Decode latents [n, ...] in batches of one shape; float32 [n, H, W, C] on the host."""
+    parts = []
+    for start in range(0, len(latents), _BATCH):
+        rows = np.minimum(np.arange(start, start + _BATCH), len(latents) - 1)
+        parts.append(np.asarray(_decode_batch(generator, latents[rows])))
+    return np.concatenate(parts)[: len(latents)]
+
+
+def _estimator(config, key, generator):
+    """Bind the configured estimator to its options; also the seconds its set-up took."""
+    if config.estimator == "adam":
+        options = config.adam.to_dict() | {"loss": _loss(config.loss)}
+        return lambda *args, **mark: inversion.adam(*args, **options, **mark), 0.0
+    options = config.lm.to_dict()
+    start = time.monotonic()
+    bank = least_squares.make_bank(key, generator, size=options.pop("bank"))
+    seconds = time.monotonic() - start
+    return lambda *args, **mark: least_squares.lm(*args, bank=bank, **options, **mark), seconds
+
+
+def _loss(name):
+    if name != "classifier":
+        return perceptual.loss(name)
+    classifier = features.load_classifier()
+    return perceptual.loss(name, network=features.features, params=classifier)
+
+
+def _frechet(fold, generator, space, config):
+    """Fréchet distances of fresh plain and fingerprinted images to the reference pictures."""
+    n = config.fd_images
+    classifier = features.load_classifier()
+    latents = generator.sample(fold[_QUALITY], n)
+    bits = _draw_bits(fold[_QUALITY], n, config.bits)
+    mark = dict(strength=config.strength, code=config.code)
+    marked = fingerprint.inject(space, latents, bits, **mark)
+    found = []
+    with logs.Progress(2 * n, label="distance") as progress:
+        for group in (latents, marked):
+            rows = []
+            for start in range(0, n, _BATCH):
+                made = images.to_uint8(_decode(generator, group[start : start + _BATCH]))
+                rows.append(features.features_in_batches(classifier, _fit(made)))
+                progress.update(start + len(found) * n)
+            found.append(np.concatenate(rows))
+    if generator.name == "stylegan2-demo":
+        reference, name = features.load_reference(), "held-out pictures"
+    else:
+        reference, name = distances.moments(found[0]), "plain images"
+    note = {"features": features.NAME, "reference": name, "images": n}
+    out = {}
+    for label, rows in (("fd_plain", found[0]), ("fd", found[1])):
+        low, high = distances.frechet_interval(fold[_BOOTSTRAP], rows, reference, draws=_DRAWS)
+        value = distances.frechet(*distances.moments(rows), *reference)
+        out[label] = {"value": value, "low": low, "high": high, **note}
+    return out
+
+
+def _draw_bits(key, n, bits):
+    return np.asarray(jax.random.bernoulli(key, 0.5, (n, bits)), np.uint8)
+
+
+def _fit(u8):
+    """Bring images to the size and channels the demo's features take."""
+    u8 = np.repeat(u8, 3, axis=-1) if u8.shape[-1] == 1 else u8
+    size = (features.SIZE, features.SIZE)
+    if u8.shape[1:3] == size:
+        return u8
+    resized = jax.image.resize(u8.astype(np.float32), (len(u8), *size, 3), "bilinear")
+    return np.clip(np.round(resized), 0, 255).astype(np.uint8)
+
+
+def _rate(rate, n):
+    return {"value": rate.value, "low": rate.low, "high": rate.high, "images": n}
+
+
+def _mean(values, **more):
+    values = np.asarray(values, np.float64)
+    spread = 1.96 * values.std() / len(values) ** 0.5
+    mean = float(values.mean())
+    return {"value": mean, "low": mean - spread, "high": mean + spread, "images": len(values)} | more
+
+
+def _write_pngs(folder, made):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, u8 in enumerate(images.to_uint8(made)):
+        images.write_png(folder / f"{i:05d}.png", u8)
+
+
+def _sheet(plain, made, rebuilt):
+    """Rows: plain, fingerprinted, difference times ten, reconstruction from the estimate."""
+    n = min(_COLUMNS, len(made))
+    difference = np.clip((made - plain) * 10.0, -1.0, 1.0)
+    rows = np.concatenate([plain[:n], made[:n], difference[:n], np.asarray(rebuilt)[:n]])
+    return images.grid(rows, columns=n)
+
+
+def _versions():
+    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}

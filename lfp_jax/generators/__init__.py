@@ -1,0 +1,144 @@
+"""Frozen generators as pure functions, and the one door to them: `load`."""
+
+import dataclasses
+import os
+
+import jax.numpy as jnp
+import numpy as np
+
+from lfp_jax.errors import UserError
+from lfp_jax.generators import stylegan2, zoo
+from lfp_jax.weights import store
+from lfp_jax.weights import stylegan2 as stylegan2_files
+
+
+def load(source, *, hparams=None, ema=True):
+    """Load a generator.
+
+    Args:
+        source: a name in the zoo, a folder made by `convert`, or a foreign checkpoint
+            (rosinality `.pt`, NVlabs `.pkl`).
+        hparams: what the file itself cannot tell, e.g. {"mapping_lr": 0.01}.
+        ema: take the averaged weights (the default) or the raw ones.
+
+    Returns:
+        A frozen generator; its leaves are its parameters, so pass it *into* jit.
+
+    Raises:
+        UserError: unknown name, or a file that is missing, damaged or of another kind.
+    """
+    path = zoo.resolve(source)
+    if store.is_store(path):
+        tree, metadata = store.load(path)
+        return _from_store(tree, metadata)
+    checkpoint = stylegan2_files.read(path, hparams=hparams, ema=ema)
+    if checkpoint.generator is None:
+        raise UserError(f"'{path}' holds no generator.")
+    arch = _architecture(stylegan2.Architecture, checkpoint.generator_hparams)
+    return _build(
+        checkpoint.generator, checkpoint.w_avg, checkpoint.noise, arch,
+        name=os.path.basename(path), sha256=checkpoint.sha256,
+    )  # fmt: skip
+
+
+def load_discriminator(path):
+    """Load the discriminator of a checkpoint: `logits = d(images)`.
+
+    Raises:
+        UserError: the file is missing, damaged, of another kind, or has no discriminator.
+    """
+    checkpoint = stylegan2_files.read(path)
+    if checkpoint.discriminator is None:
+        raise UserError(f"'{path}' holds no discriminator.")
+    arch = _architecture(stylegan2.DiscriminatorArchitecture, checkpoint.discriminator_hparams)
+    return stylegan2.Discriminator(_to_jax(checkpoint.discriminator), arch)
+
+
+def convert(source, target):
+    """Convert a foreign checkpoint into the native store.
+
+    Args:
+        source: rosinality `.pt` or NVlabs `.pkl`.
+        target: the folder to write; loading it needs no converter.
+
+    Raises:
+        UserError: a source that cannot be read, or a target that exists and is no store.
+    """
+    if os.path.exists(target) and not store.is_store(target):
+        raise UserError(f"'{target}' exists and is no weight store; it is left as it is.")
+    checkpoint = stylegan2_files.read(source)
+    generator = load(source)
+    save(target, generator, source_format=checkpoint.source, licence=zoo.LICENCES[checkpoint.source])
+
+
+def save(target, generator, *, source_format, licence, dtype=np.float32):
+    """Write a StyleGAN2 as a native store.
+
+    Args:
+        target: the folder to make.
+        source_format: where the weights come from, e.g. "rosinality".
+        licence: one line on what the weights may be used for.
+        dtype: stored type of the networks' weights; w_avg and noise stay float32.
+    """
+    networks = {"mapping": generator.mapping, "synthesis": generator.synthesis}
+    tree = {
+        **{k: _cast(v, dtype) for k, v in networks.items()},
+        "w_avg": np.asarray(generator.w_avg),
+        "noise": {f"{i:02d}": np.asarray(m) for i, m in enumerate(generator.noise)},
+    }
+    metadata = {
+        "kind": "stylegan2",
+        "name": generator.name,
+        "source_format": source_format,
+        "sha256": generator.sha256,
+        "licence": licence,
+        "resolution": generator.arch.resolution,
+        "architecture": dataclasses.asdict(generator.arch),
+    }
+    store.save(target, tree, metadata)
+
+
+def _from_store(tree, metadata):
+    if metadata.get("kind") != "stylegan2":
+        raise UserError(f"A store of kind '{metadata.get('kind')}' holds no generator.")
+    arch = _architecture(stylegan2.Architecture, metadata["architecture"])
+    networks = {k: tree[k] for k in ("mapping", "synthesis")}
+    noise = [tree["noise"][name] for name in sorted(tree["noise"])]
+    return _build(
+        networks, tree["w_avg"], noise, arch, name=metadata["name"], sha256=metadata["sha256"]
+    )
+
+
+def _build(networks, w_avg, noise, arch, *, name, sha256):
+    networks = _to_jax(networks)
+    no_mean = w_avg is None
+    generator = stylegan2.StyleGAN2(
+        mapping=networks["mapping"],
+        synthesis=networks["synthesis"],
+        w_avg=jnp.zeros((arch.w_dim,)) if no_mean else jnp.asarray(w_avg, jnp.float32),
+        noise=tuple(jnp.asarray(m, jnp.float32) for m in noise),
+        arch=arch,
+        name=name,
+        sha256=sha256,
+    )
+    if no_mean and not arch.label_dim:
+        generator = generator.replace(w_avg=stylegan2.mean_latent(generator))
+    return generator
+
+
+def _architecture(kind, hparams):
+    fields = {field.name for field in dataclasses.fields(kind)}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in hparams.items() if k in fields}
+    return kind(**values)
+
+
+def _cast(tree, dtype):
+    if isinstance(tree, dict):
+        return {k: _cast(v, dtype) for k, v in tree.items()}
+    return np.asarray(tree, dtype)
+
+
+def _to_jax(tree):
+    if isinstance(tree, dict):
+        return {k: _to_jax(v) for k, v in tree.items()}
+    return jnp.asarray(tree, jnp.float32)

@@ -1,0 +1,31 @@
+"""Generators by name."""
+
+import os
+
+from lfp_jax.errors import UserError, did_you_mean
+
+_ASSETS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "assets")
+
+# What the weights of each source format may be used for, as far as the format tells.
+LICENCES = {
+    "rosinality": "code MIT; weights as their author states, FFHQ-trained: CC BY-NC-SA 4.0 data",
+    "nvlabs": "NVIDIA Source Code License, non-commercial",
+}
+
+_BUNDLED = {"stylegan2-demo": os.path.join(_ASSETS, "stylegan2-demo")}
+
+
+def resolve(source):
+    """Turn a zoo name or a path into an existing path.
+
+    Raises:
+        UserError: neither a name in the zoo nor an existing path.
+    """
+    source = os.fspath(source)
+    if source in _BUNDLED:
+        return _BUNDLED[source]
+    if os.path.exists(source):
+        return source
+    if os.sep in source or "." in source:
+        raise UserError(f"No such file or folder: '{source}'.")
+    raise UserError(did_you_mean(source, list(_BUNDLED), "generator"))
