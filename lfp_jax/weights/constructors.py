@@ -108,7 +108,7 @@ def _sizes(values, what):
     return tuple(values)
 
 
-def tensor(storage, offset, shape, strides, dtype=None):
+def tensor(storage, offset, shape, strides, *, dtype=None):
     """View a storage as an array.
 
     Args:
@@ -149,7 +149,7 @@ def _tensor_v2(storage, offset, shape, strides, *_):
 def _tensor_v3(storage, offset, shape, strides, _grad, _hooks, dtype, *_):
     if not isinstance(dtype, np.dtype):
         raise Invalid(f"a tensor has the type '{show(dtype)}', which is not known here")
-    return tensor(storage, offset, shape, strides, dtype)
+    return tensor(storage, offset, shape, strides, dtype=dtype)
 
 
 def _from_type(function, _type, arguments, _state):
@@ -222,12 +222,12 @@ class Constructors:
         """Copy the items of a container; a file may ask for the same copy many times."""
         if not isinstance(items, list | tuple | set | frozenset):
             raise Invalid(f"its pickle makes a container of a {type(items).__name__}")
-        self.budget.spend(len(items))
+        self.budget.spend(operations=len(items))
         return list(items)
 
     def _mapping(self, items=()):
         if isinstance(items, dict):
-            self.budget.spend(len(items))
+            self.budget.spend(operations=len(items))
             return dict(items)
         return {simple(key): value for key, value in self._items(items)}
 

@@ -61,7 +61,7 @@ class Budget:
         self._operations = _MAX_OPERATIONS
         self._bytes = 2 * size + 2**20
 
-    def spend(self, operations=0, *, copied=0):
+    def spend(self, *, operations=0, copied=0):
         """Take operations and copied bytes off the budget.
 
         Raises:
@@ -122,7 +122,7 @@ class Machine:
     def run(self, stream):
         """Run the pickle at the stream's position up to its STOP and return its object."""
         for opcode, argument, _ in pickletools.genops(stream):
-            self._budget.spend(1)
+            self._budget.spend(operations=1)
             name = opcode.name
             if name in _PUSH:
                 self._stack.append(argument)
@@ -244,7 +244,7 @@ class Machine:
         if isinstance(target, Opaque):
             target.state = state if isinstance(state, dict) else {}
         elif isinstance(target, Attributes) and isinstance(state, dict):
-            self._budget.spend(len(state))
+            self._budget.spend(operations=len(state))
             target.update(state)
         elif not isinstance(target, dict):  # attributes beside an OrderedDict's items are dropped
             self._build_other(target, state)
