@@ -225,13 +225,15 @@ class Constructors:
         self.budget.spend(operations=len(items))
         return list(items)
 
-    def _mapping(self, items=()):
+    def _mapping(self, *arguments):
+        items = arguments[0] if arguments else ()
         if isinstance(items, dict):
             self.budget.spend(operations=len(items))
             return dict(items)
         return {simple(key): value for key, value in self._items(items)}
 
-    def _text_bytes(self, text="", encoding="latin-1"):
+    def _text_bytes(self, *arguments):
+        text, encoding = (*arguments, *("", "latin-1")[len(arguments) :])
         if isinstance(text, bytes | bytearray):
             return text
         if not isinstance(text, str) or encoding not in ("latin1", "latin-1", "utf-8"):
