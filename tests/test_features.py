@@ -73,6 +73,17 @@ def test_save_and_load_keep_the_classifier_to_float16(small, tmp_path):
         features.load_classifier(path=str(tmp_path / "other"))
 
 
+def test_standardizing_gives_unit_variance_and_the_same_answers(small):
+    classifier, images = small
+    head = {"kernel": jax.random.normal(jax.random.key(2), (128, 5)), "bias": jnp.ones(5)}
+    classifier = classifier.replace(params=dict(classifier.params, head=head))
+    scaled = features.standardize(classifier, features.features(classifier, images))
+    assert np.var(features.features(scaled, images), axis=0).mean() == pytest.approx(1.0, abs=1e-4)
+    before, after = features.logits(classifier, images), features.logits(scaled, images)
+    for name in before:
+        np.testing.assert_allclose(before[name], after[name], atol=1e-4, rtol=1e-4)
+
+
 def test_augmentation_is_mild_and_repeats():
     u8 = np.asarray(jax.random.randint(jax.random.key(0), (16, 64, 64, 3), 0, 256), np.uint8)
     key = jax.random.key(1)

@@ -59,6 +59,7 @@ class Classifier:
     """A frozen classifier; its leaves are its params, so it goes into jit as an argument."""
 
     params: dict[str, Any]  # {"net": conv0, mix1, conv1 .., "head": {"kernel" [f, c], "bias" [c]}}
+    scale: jax.Array  # [], of the features: their mean variance over pictures is 1 after training
     choices: Choices = flax.struct.field(pytree_node=False)  # ((attribute, its values), ...)
 
 
@@ -73,7 +74,7 @@ def init(key: jax.Array, *, choices: dict[str, list[str]]) -> Classifier:
     outputs = sum(len(values) for _, values in names)
     net = FeatureNet().init(key, jnp.zeros((1, SIZE, SIZE, 3)))["params"]
     head = {"kernel": jnp.zeros((WIDTHS[-1], outputs)), "bias": jnp.zeros(outputs)}
-    return Classifier(params={"net": net, "head": head}, choices=names)
+    return Classifier(params={"net": net, "head": head}, scale=jnp.ones(()), choices=names)
 
 
 def save(
@@ -94,13 +95,31 @@ def save(
     """
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), classifier.params)
     mean, covariance = (np.asarray(part, np.float32) for part in reference)
-    tree = {"params": params, "reference": {"mean": mean, "covariance": covariance}}
+    tree = {
+        "params": params,
+        "scale": np.float32(classifier.scale),
+        "reference": {"mean": mean, "covariance": covariance},
+    }
     store.save(path, tree, {**metadata, "choices": [list(c) for c in classifier.choices]})
 
 
 def round_to_float16(classifier: Classifier) -> Classifier:
     """Round the params to what `save` keeps of them, as float32."""
-    return jax.tree.map(lambda leaf: jnp.float32(np.float16(leaf)), classifier)
+    params = jax.tree.map(lambda leaf: jnp.float32(np.float16(leaf)), classifier.params)
+    return classifier.replace(params=params)
+
+
+def standardize(classifier: Classifier, pooled: np.ndarray) -> Classifier:
+    """Scale the features so that their mean variance is 1: distances then have a known size.
+
+    Args:
+        classifier: the classifier; what it says of an image stays the same.
+        pooled: its features [n, f] of many pictures.
+    """
+    factor = 1.0 / np.sqrt(np.asarray(pooled, np.float64).var(axis=0).mean())
+    head = dict(classifier.params["head"], kernel=classifier.params["head"]["kernel"] / factor)
+    params = dict(classifier.params, head=head)
+    return classifier.replace(params=params, scale=jnp.float32(classifier.scale * factor))
 
 
 def load_classifier(*, path: str | None = None) -> Classifier:
@@ -114,7 +133,7 @@ def load_classifier(*, path: str | None = None) -> Classifier:
     """
     tree, choices = _load(path)
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree["params"])
-    return Classifier(params=params, choices=choices)
+    return Classifier(params=params, scale=jnp.asarray(tree["scale"]), choices=choices)
 
 
 def load_reference(*, path: str | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -134,7 +153,7 @@ def _load(path: str | None) -> tuple[dict[str, Any], Choices]:
     if path is None:
         path = str(resources.files("lfp_jax") / "assets" / "demo-classifier")
     tree, metadata = store.load(path)
-    if "choices" not in metadata or set(tree) != {"params", "reference"}:
+    if "choices" not in metadata or set(tree) != {"params", "scale", "reference"}:
         raise UserError(f"'{path}' holds no attribute classifier.")
     return tree, tuple((name, tuple(values)) for name, values in metadata["choices"])
 
@@ -150,7 +169,7 @@ def features(classifier: Classifier, images: jax.Array) -> jax.Array:
         raise UserError(
             f"The {NAME} takes images [n, {SIZE}, {SIZE}, 3]; got {list(images.shape)}."
         )
-    return FeatureNet().apply({"params": classifier.params["net"]}, images)
+    return classifier.scale * FeatureNet().apply({"params": classifier.params["net"]}, images)
 
 
 @jax.jit

@@ -76,8 +76,10 @@ def train(
                 log.write(step + 1, loss=float(loss))
                 progress.update((step + 1) * batch_size, loss=float(loss))
 
-    # What ships is float16: measure that.
-    classifier = features.round_to_float16(jax.device_get(state[0]))
+    # What ships is float16 with features of unit variance: measure that.
+    classifier = jax.device_get(state[0])
+    pooled = features.features_in_batches(classifier, images[: len(held_out)])
+    classifier = features.round_to_float16(features.standardize(classifier, pooled))
     metrics, reference = measure(
         key_measure, classifier, seen=images[: len(held_out)], held_out=held_out, truth=truth
     )
