@@ -1,7 +1,7 @@
 """Trains the bundled generator, `stylegan2-demo`, on 64 x 64 faces of the style toon-head.
 
-    node lfp_jax/training/toon_head.mjs --out data/toon_head      (see the README, Training)
-    python -m lfp_jax.main --config=configs/train_stylegan2_demo.py --config.data=data/toon_head
+node lfp_jax/training/toon_head.mjs --out data/toon_head      (see the README, Training)
+python -m lfp_jax.main --config=configs/train_stylegan2_demo.py --config.data=data/toon_head
 """
 
 import ml_collections

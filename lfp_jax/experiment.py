@@ -230,7 +230,12 @@ def _mean(values, **more):
     values = np.asarray(values, np.float64)
     spread = 1.96 * values.std() / len(values) ** 0.5
     mean = float(values.mean())
-    return {"value": mean, "low": mean - spread, "high": mean + spread, "images": len(values)} | more
+    return {
+        "value": mean,
+        "low": mean - spread,
+        "high": mean + spread,
+        "images": len(values),
+    } | more
 
 
 def _write_pngs(folder, made):

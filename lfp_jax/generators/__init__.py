@@ -68,7 +68,9 @@ def convert(source, target):
         raise UserError(f"'{target}' exists and is no weight store; it is left as it is.")
     checkpoint = stylegan2_files.read(source)
     generator = load(source)
-    save(target, generator, source_format=checkpoint.source, licence=zoo.LICENCES[checkpoint.source])
+    save(
+        target, generator, source_format=checkpoint.source, licence=zoo.LICENCES[checkpoint.source]
+    )
 
 
 def save(target, generator, *, source_format, licence, dtype=np.float32):

@@ -95,7 +95,7 @@ class EqualLinear(nn.Module):
         kernel = self.param("kernel", normal, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.constant(self.bias_init), (self.features,))
         scale = self.lr / math.sqrt(x.shape[-1])
-        return x @ (kernel * scale).astype(x.dtype) + (bias * self.lr).astype(x.dtype)
+        return x @ (kernel * scale).astype(x.dtype) + (bias * self.lr).astype(x.dtype)[None]
 
 
 class Mapping(nn.Module):
@@ -209,9 +209,7 @@ class Synthesis(nn.Module):
         image, layer = None, 0
         for i, features in enumerate(arch.channels):
             convs = 1 if i == 0 else 2
-            block = SynthesisBlock(
-                arch, features, self.trainable, self.dtype, name=f"b{4 * 2**i}"
-            )
+            block = SynthesisBlock(arch, features, self.trainable, self.dtype, name=f"b{4 * 2**i}")
             x, image = block(
                 x, image, ws[:, layer : layer + convs + 1], noise[layer : layer + convs]
             )
@@ -228,20 +226,26 @@ class DiscriminatorBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        skip = _Conv(self.features, size=1, down=True, activate=False, name="skip", **self._make())
-        conv0 = _Conv(x.shape[-1], name="conv0", **self._make())
-        conv1 = _Conv(self.features, down=True, gain=0.5**0.5, name="conv1", **self._make())
+        make = dict(fir=self.fir, clamp=self.clamp)
+        skip = _Skip(self.features, self.fir, name="skip")
+        conv0 = _Conv(x.shape[-1], name="conv0", **make)
+        conv1 = _Conv(self.features, down=True, gain=0.5**0.5, name="conv1", **make)
         return conv1(conv0(x)) + skip(x) * 0.5**0.5
 
-    def _make(self):
-        return dict(fir=self.fir, clamp=self.clamp)
+
+class _Skip(nn.Module):
+    features: int
+    fir: tuple[float, ...]
+
+    @nn.compact
+    def __call__(self, x):
+        return layers.down_conv(x, _equal_kernel(self, 1, x.shape[-1], self.features), self.fir)
 
 
 class _Conv(nn.Module):
     features: int
     size: int = 3
     down: bool = False
-    activate: bool = True
     gain: float = 1.0
     fir: tuple[float, ...] = (1, 3, 3, 1)
     clamp: float | None = None
@@ -253,8 +257,6 @@ class _Conv(nn.Module):
             x = layers.down_conv(x, kernel, self.fir)
         else:
             x = layers.conv(x, kernel)
-        if not self.activate:
-            return _clip(x, self.clamp)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         return _lrelu(x + bias[None, None, None], gain=self.gain, clamp=self.clamp)
 
