@@ -20,7 +20,7 @@ _COLUMNS = 8
 _DRAWS = 100  # bootstrap draws of a distance
 
 # Everything random in a run comes from one of these folds of the seed.
-_BASIS, _IMAGES, _KEYS, _BANK, _ESTIMATE, _QUALITY, _BOOTSTRAP = range(7)
+_BASIS, _IMAGES, _KEYS, _BANK, _ESTIMATE, _QUALITY, _QUALITY_KEYS, _BOOTSTRAP = range(8)
 
 
 def run(config, workdir):
@@ -39,7 +39,7 @@ def run(config, workdir):
     workdir = Path(workdir)
     _check(config)
     key = jax.random.key(config.seed)
-    fold = [jax.random.fold_in(key, i) for i in range(7)]
+    fold = [jax.random.fold_in(key, i) for i in range(8)]
 
     # --- generator and basis -----------------------------------------------------------------
     generator = _load_generator(config.generator)
@@ -51,12 +51,12 @@ def run(config, workdir):
     users = _draw_bits(fold[_KEYS], config.users, config.bits)
     owner = np.arange(config.images) % config.users
     truth = users[owner]
-    mark = dict(strength=config.strength, code=config.code)
-    latents = generator.sample(fold[_IMAGES], config.images)
+    mark = {"strength": config.strength, "code": config.code}
+    latents = _sample(fold[_IMAGES], generator, config.images)
     marked = fingerprint.inject(space, latents, truth, **mark)
     plain = images.png_round_trip(_decode(generator, latents))
     made = images.png_round_trip(_decode(generator, marked))
-    _write_pngs(workdir / "images", made)
+    images.write_pngs(workdir / "images", images.to_uint8(made))
     issued = {"keys": [keys.to_hex(user) for user in users], "user_of_image": owner}
     logs.write_json(workdir / "keys.json", issued)
 
@@ -116,13 +116,14 @@ def _check(config):
         raise UserError(f"strength must be > 0; got {config.strength}.")
     choose(config.code, fingerprint.CODES, "code")
     choose(config.estimator, dict.fromkeys(("adam", "lm")), "estimator")
+    choose(config.loss, dict.fromkeys(perceptual.NAMES), "loss")
 
 
 def _load_generator(source):
     if source != "stylegan2-tiny":
         return generators.load(source)
     arch = stylegan2.Architecture(
-        resolution=64, channels=(16, 16, 8, 8, 8), z_dim=32, w_dim=32,
+        resolution=32, channels=(16, 16, 8, 8), z_dim=32, w_dim=32,
         mapping_layers=2, mapping_width=32,
     )  # fmt: skip
     return stylegan2.random_generator(jax.random.key(0), arch, name=source)
@@ -137,12 +138,21 @@ def _basis(key, generator, samples, workdir, seed):
         tree, metadata = store.load(path)
         if metadata == wanted:
             return basis.Basis(**tree)
-    draw = jax.jit(lambda generator, key, start: generator.sample(key, _BATCH, start=start))
-    parts = [np.asarray(draw(generator, key, i)) for i in range(0, samples, _BATCH)]
-    fitted = basis.fit(np.concatenate(parts)[:samples])
+    fitted = basis.fit(_sample(key, generator, samples))
     tree = {"mean": fitted.mean, "components": fitted.components, "stddev": fitted.stddev}
     store.save(path, tree, wanted)
     return fitted
+
+
+@jax.jit
+def _sample_batch(key, generator, start):
+    return generator.sample(key, _BATCH, start=start)
+
+
+def _sample(key, generator, n, *, start=0):
+    """Draw latents start, ..., start + n - 1 of a key in batches of one shape, on the host."""
+    parts = [np.asarray(_sample_batch(key, generator, start + i)) for i in range(0, n, _BATCH)]
+    return np.concatenate(parts)[:n]
 
 
 @jax.jit
@@ -179,32 +189,35 @@ def _loss(name):
 
 
 def _frechet(fold, generator, space, config):
-    """Fréchet distances of fresh plain and fingerprinted images to the reference pictures."""
-    n = config.fd_images
-    classifier = features.load_classifier()
-    latents = generator.sample(fold[_QUALITY], n)
-    bits = _draw_bits(fold[_QUALITY], n, config.bits)
-    mark = dict(strength=config.strength, code=config.code)
-    marked = fingerprint.inject(space, latents, bits, **mark)
-    found = []
-    with logs.Progress(2 * n, label="distance") as progress:
-        for group in (latents, marked):
-            rows = []
+    """Fréchet distances of fresh plain and fingerprinted images to the reference pictures.
+
+    The demo's reference is the held-out pictures; another generator's is a second set of its own
+    plain images, so that `fd_plain` is then the floor of the distance.
+    """
+    n, classifier = config.fd_images, features.load_classifier()
+    demo = generator.name == "stylegan2-demo"
+    latents = _sample(fold[_QUALITY], generator, n)
+    bits = _draw_bits(fold[_QUALITY_KEYS], n, config.bits)
+    mark = {"strength": config.strength, "code": config.code}
+    groups = [latents, fingerprint.inject(space, latents, bits, **mark)]
+    groups += [] if demo else [_sample(fold[_QUALITY], generator, n, start=n)]
+    rows = []
+    with logs.Progress(len(groups) * n, label="distance") as progress:
+        for group in groups:
+            parts = []
             for start in range(0, n, _BATCH):
                 made = images.to_uint8(_decode(generator, group[start : start + _BATCH]))
-                rows.append(features.features_in_batches(classifier, _fit(made)))
-                progress.update(start + len(found) * n)
-            found.append(np.concatenate(rows))
-    if generator.name == "stylegan2-demo":
-        reference, name = features.load_reference(), "held-out pictures"
-    else:
-        reference, name = distances.moments(found[0]), "plain images"
+                parts.append(features.features_in_batches(classifier, _fit(made), batch=_BATCH))
+                progress.update(start + len(rows) * n)
+            rows.append(np.concatenate(parts))
+    reference = features.load_reference() if demo else distances.moments(rows[2])
+    name = "held-out pictures" if demo else "other plain images"
     note = {"features": features.NAME, "reference": name, "images": n}
     out = {}
-    for label, rows in (("fd_plain", found[0]), ("fd", found[1])):
-        low, high = distances.frechet_interval(fold[_BOOTSTRAP], rows, reference, draws=_DRAWS)
-        value = distances.frechet(*distances.moments(rows), *reference)
-        out[label] = {"value": value, "low": low, "high": high, **note}
+    for label, found in (("fd_plain", rows[0]), ("fd", rows[1])):
+        distance = distances.frechet_interval(found, reference, key=fold[_BOOTSTRAP], draws=_DRAWS)
+        value = {"value": distance.value, "low": distance.low, "high": distance.high}
+        out[label] = value | note
     return out
 
 
@@ -236,12 +249,6 @@ def _mean(values, **more):
         "high": mean + spread,
         "images": len(values),
     } | more
-
-
-def _write_pngs(folder, made):
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, u8 in enumerate(images.to_uint8(made)):
-        images.write_png(folder / f"{i:05d}.png", u8)
 
 
 def _sheet(plain, made, rebuilt):

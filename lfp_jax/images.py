@@ -87,6 +87,13 @@ def write_png(path: str | os.PathLike, u8: np.ndarray) -> None:
             os.remove(part)
 
 
+def write_pngs(folder: str | os.PathLike, u8: np.ndarray) -> None:
+    """Write uint8 images [n, H, W, 1 or 3] as 00000.png, 00001.png, ..., making the folder."""
+    os.makedirs(folder, exist_ok=True)
+    for i, image in enumerate(u8):
+        write_png(os.path.join(folder, f"{i:05d}.png"), image)
+
+
 def read(path: str | os.PathLike) -> np.ndarray:
     """Read an image file of any common format.
 

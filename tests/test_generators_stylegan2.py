@@ -15,8 +15,8 @@ from lfp_jax.errors import UserError
 from lfp_jax.generators import convert, layers, stylegan2
 
 GOLDEN = Path(__file__).parent / "golden"
-IMAGE = dict(atol=2e-4, rtol=2e-4)
-LATENT = dict(atol=2e-5, rtol=2e-5)
+IMAGE = {"atol": 2e-4, "rtol": 2e-4}
+LATENT = {"atol": 2e-5, "rtol": 2e-5}
 
 
 def nhwc(array):
@@ -107,7 +107,7 @@ def test_rosinality_discriminator(rosinality):
 def test_nvlabs_latents(nvlabs):
     gen, io = nvlabs
     cutoff = json.loads((GOLDEN / "sg2_nvlabs" / "hparams.json").read_text())["truncation_cutoff"]
-    every = {"ws_psi1": {}, "ws_psi05": dict(truncation=0.5)}
+    every = {"ws_psi1": {}, "ws_psi05": {"truncation": 0.5}}
     for name, options in every.items():
         w = gen.map(io["z"], **options)
         np.testing.assert_allclose(w[:, None] + 0 * io[name], io[name], **LATENT)
@@ -197,7 +197,7 @@ def test_wrong_shapes_are_said(nvlabs):
 
 
 def tiny(**changes):
-    sizes = dict(z_dim=8, w_dim=8, mapping_layers=2, mapping_width=8)
+    sizes = {"z_dim": 8, "w_dim": 8, "mapping_layers": 2, "mapping_width": 8}
     arch = stylegan2.Architecture(**{**sizes, "resolution": 16, "channels": (8, 8, 8), **changes})
     return stylegan2.random_generator(jax.random.key(0), arch, noise_strength=0.3)
 

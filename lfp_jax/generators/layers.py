@@ -4,9 +4,9 @@ All images are NHWC, all kernels HWIO. Filters are separable and short, so FIR r
 as shifted sums: on CPU a depthwise convolution is two orders of magnitude slower, on accelerators
 XLA fuses the sums into one pass over memory.
 
-`up_conv` has a rule of its own for the weight gradient (one matrix product a kernel tap): XLA on CPU
-runs the dilated convolution of automatic differentiation several times slower. A custom rule blocks
-forward mode, so it is asked for by `trainable=True`; Jacobians use the plain form.
+`up_conv` has a rule of its own for the weight gradient (one matrix product a kernel tap): XLA on
+CPU runs the dilated convolution of automatic differentiation several times slower. A custom rule
+blocks forward mode, so it is asked for by `trainable=True`; Jacobians use the plain form.
 """
 
 import jax

@@ -184,7 +184,7 @@ class SynthesisBlock(nn.Module):
     @nn.compact
     def __call__(self, x, image, ws, noise):
         first = image is None
-        options = dict(clamp=self.arch.clamp, dtype=self.dtype)
+        options = {"clamp": self.arch.clamp, "dtype": self.dtype}
         make = dict(fir=self.arch.fir, trainable=self.trainable, **options)
         names = ("conv1",) if first else ("conv0", "conv1")
         for i, name in enumerate(names):
@@ -226,7 +226,7 @@ class DiscriminatorBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        make = dict(fir=self.fir, clamp=self.clamp)
+        make = {"fir": self.fir, "clamp": self.clamp}
         skip = _Skip(self.features, self.fir, name="skip")
         conv0 = _Conv(x.shape[-1], name="conv0", **make)
         conv1 = _Conv(self.features, down=True, gain=0.5**0.5, name="conv1", **make)
@@ -298,7 +298,7 @@ class ResnetDiscriminator(nn.Module):
     @nn.compact
     def __call__(self, images, label=None):
         arch = self.arch
-        make = dict(clamp=arch.clamp)
+        make = {"clamp": arch.clamp}
         x = _Conv(arch.channels[-1], size=1, name="fromrgb", **make)(images)
         for i in range(len(arch.channels) - 1, 0, -1):
             features = arch.channels[i - 1]
@@ -476,7 +476,7 @@ class Discriminator(flax.struct.PyTreeNode):
 @partial(jax.jit, static_argnames=("arch", "name", "noise_strength"))
 def random_generator(key, arch, *, name="random", noise_strength=0.0):
     """Make a StyleGAN2 with random weights, for training, tests and timing."""
-    mapping_key, synthesis_key, noise_key = jax.random.split(key, 3)
+    mapping_key, synthesis_key, noise_key = jax.random.split(_quick(key), 3)
     z = jnp.zeros((1, arch.z_dim))
     label = jnp.zeros((1, arch.label_dim)) if arch.label_dim else None
     mapping = mapping_module(arch).init(mapping_key, z, label)["params"]
@@ -497,10 +497,16 @@ def random_discriminator(key, arch):
     n = arch.stddev_group
     images = jnp.zeros((n, arch.resolution, arch.resolution, arch.image_channels))
     label = jnp.zeros((n, arch.label_dim)) if arch.label_dim else None
-    return Discriminator(ResnetDiscriminator(arch).init(key, images, label)["params"], arch)
+    params = ResnetDiscriminator(arch).init(_quick(key), images, label)["params"]
+    return Discriminator(params, arch)
 
 
 def mean_latent(generator):
     """Estimate the mean latent [w_dim] from 4,096 fixed samples, where a file stores none."""
     z = jax.random.normal(jax.random.key(0), (_MAPPING_SAMPLES, generator.arch.z_dim))
     return jnp.mean(generator.map(z), axis=0)
+
+
+def _quick(key):
+    """Reseed the hardware-style generator: a network's worth of draws compiles in no time."""
+    return jax.random.key(jax.random.bits(key), impl="unsafe_rbg")

@@ -175,6 +175,7 @@ _FEATURES = {
     "laplacian": _pyramid_features,
     "classifier": _network_features,
 }
+NAMES = tuple(_FEATURES)  # of the losses
 
 
 def _check_pair(x, y):

@@ -1,0 +1,87 @@
+"""The main job, end to end on a random-weight network, as a user runs it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lfp_jax import images, keys, main
+
+CONFIG = "--config=configs/stylegan2.py:tiny"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Run the tiny main job once; give its folder."""
+    workdir = tmp_path_factory.mktemp("tiny")
+    assert main.main(["main", CONFIG, f"--workdir={workdir}"]) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def metrics(run):
+    return json.loads((run / "metrics.json").read_text())
+
+
+def test_every_quantity_says_its_value_interval_and_count(metrics):
+    for name in ("bit_accuracy", "word_accuracy", "psnr", "ssim", "fd", "fd_plain"):
+        entry = metrics[name]
+        assert entry["low"] <= entry["value"] <= entry["high"], name
+        assert entry["images"] >= 4, name
+    assert metrics["fd"]["features"] == "demo classifier"
+    assert metrics["generator_evaluations"]["value"] > 100
+    assert metrics["seconds_per_image"]["value"] > 0
+    assert metrics["settings"]["bits"] == 8
+    assert metrics["versions"]["jax"]
+
+
+def test_bits_come_back_from_the_pixels(metrics):
+    # 32 bits: chance alone gives 0.75 or more once in 286 runs; the run is the same every time.
+    assert metrics["bit_accuracy"]["value"] >= 0.75
+
+
+def test_all_that_attribution_needs_is_stored(run):
+    issued = json.loads((run / "keys.json").read_text())
+    assert len(issued["user_of_image"]) == 4
+    assert {keys.from_hex(text, bits=8).shape for text in issued["keys"]} == {(8,)}
+    assert (run / "basis" / "metadata.json").exists()
+    pictures = [images.read(path) for path in sorted((run / "images").glob("*.png"))]
+    assert [picture.shape for picture in pictures] == [(32, 32, 3)] * 4
+
+
+def test_grid_shows_plain_marked_difference_and_reconstruction(run):
+    sheet = images.read(run / "grid.png")
+    factor = 3
+    height = 4 * (32 + 2) + 2
+    assert sheet.shape[:2] == (height * factor, height * factor)
+    marked = images.read(run / "images" / "00000.png")
+    top = (2 + 34) * factor
+    cell = sheet[top : top + 32 * factor : factor, 2 * factor : (2 + 32) * factor : factor]
+    np.testing.assert_array_equal(cell, marked)
+
+
+def test_a_second_run_gives_the_same_numbers(run, metrics):
+    assert main.main(["main", CONFIG, f"--workdir={run}"]) == 0
+    again = json.loads((run / "metrics.json").read_text())
+    for name in ("bit_accuracy", "word_accuracy", "psnr", "ssim", "fd", "residual"):
+        assert again[name] == metrics[name], name
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("strength=-1.0", "strength must be > 0; got -1.0."),
+        ("images=0", "users and images must be >= 1"),
+        ("bits=40", "bits must be 1..32, the latent dim; got 40."),
+        ("shift=30", "shift + bits must be <= latent dim; got 30 + 8 > 32."),
+        ("code=binari", "Did you mean 'binary'"),
+        ("estimator=adma", "Did you mean 'adam'"),
+        ("generator=stylegan2-dmo", "Did you mean 'stylegan2-demo'"),
+        ("loss=lapacian", "Did you mean 'laplacian'"),
+    ],
+)
+def test_a_bad_setting_is_one_line_and_status_2(override, message, run, capsys):
+    argv = ["main", CONFIG, f"--workdir={run}", f"--config.{override}"]
+    assert main.main(argv) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error
