@@ -40,7 +40,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.estimator = "lm"  # or "adam", the paper's
     config.loss = "laplacian"  # of adam: "mse", "laplacian" or "classifier"
     config.lm = ml_collections.ConfigDict(
-        {"bank": 8_192, "nuisance": placeholder(int), "jacobians": 4, "chords": 3, "batch": 8}
+        {"bank": 8_192, "nuisance": placeholder(int), "jacobians": 8, "chords": 3, "batch": 8}
     )
     config.adam = ml_collections.ConfigDict(
         {"starts": 20, "steps": 2000, "learning_rate": 0.2, "decay": 0.001, "penalty": 0.1}

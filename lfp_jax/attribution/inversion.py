@@ -40,10 +40,9 @@ class Solution(flax.struct.PyTreeNode):
         return (self.soft_bits > 0.5).astype(jnp.uint8)
 
 
-def decode_flat(generator, w, noise=None):
+def decode_flat(generator, w):
     """Decode flat latents [n, d] whatever shape the generator's latents have."""
-    latents = w.reshape(len(w), *generator.latent_shape)
-    return generator.decode(latents) if noise is None else generator.decode(latents, noise=noise)
+    return generator.decode(w.reshape(len(w), *generator.latent_shape))
 
 
 def latin_hypercube(key, n, dim):
@@ -139,10 +138,10 @@ def adam(
     alpha = (cube * space.nuisance_stddev[None, None]).reshape(n * starts, -1)
     unknowns = (alpha, jnp.zeros((n * starts, bits)))
     carry = (unknowns, _optimizer(learning_rate, decay).init(unknowns))
-    options = dict(loss=loss, strength=strength, code=code, penalty=penalty)
+    options = {"loss": loss, "strength": strength, "code": code, "penalty": penalty}
     unroll = jax.default_backend() == "cpu"
     chunk = _CPU_UNROLL if unroll else _SCAN
-    with Progress(steps, unit="steps", label="adam") if progress else _Silent() as line:
+    with Progress(steps, unit="steps", label="adam") if progress else Silent() as line:
         for done in range(0, steps, chunk):
             carry = _adam_steps(
                 generator, space, prepared, carry, rate=learning_rate, decay=decay,
@@ -175,14 +174,16 @@ def residual(generator, w, images):
     return jnp.sqrt(jnp.mean(jnp.square(made - images), axis=(1, 2, 3)))
 
 
-class _Silent:
+class Silent:
+    """A progress line that says nothing."""
+
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         pass
 
-    def update(self, done):
+    def update(self, done, **values):
         """Say nothing."""
 
 

@@ -16,12 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lfp_jax.attribution.inversion import Solution, decode_flat, residual
+from lfp_jax.attribution.inversion import Silent, Solution, decode_flat, residual
 from lfp_jax.logs import Progress
 
 _CHUNK = 64  # tangents pushed through the generator at once
 _BOUND = 1.0 - 1.0 / 255.0  # a target beyond this may have been clipped
 _QUANTUM = (2.0 / 255.0) ** 2 / 12.0  # variance of rounding to 8 bits on the [-1, 1] scale
+_FLOOR = 1.1 * _QUANTUM**0.5  # a residual below this is rounding alone
+_STALLED = 0.99  # an outer step that leaves more of the residual than this has stalled
 _SHRINK = (1.0, 0.5, 0.25, 0.1)  # step lengths tried by a chord step, longest first
 _THUMBNAIL = 16
 
@@ -120,7 +122,7 @@ def _cost(difference, theta, variance):
 
 
 def _outer_step(generator, frame, target, theta, chords):
-    """One Jacobian and `chords` chord steps for one image; returns theta and its covariance."""
+    """One Jacobian and `chords` chord steps for one image; gives theta, soft bits, residual."""
     image, jacobian = _jacobian(generator, frame, theta)
     difference, live = _difference(image, target)
     jacobian = jacobian * live.reshape(1, -1)
@@ -145,8 +147,9 @@ def _outer_step(generator, frame, target, theta, chords):
         return jax.tree.map(partial(jnp.where, better), chosen, carry), None
 
     carry = (theta, difference, _cost(difference, theta, variance))
-    theta, _, _ = jax.lax.scan(chord, carry, length=chords)[0]
-    return theta, factor[0]
+    theta, difference, _ = jax.lax.scan(chord, carry, length=chords)[0]
+    rms = jnp.sqrt(jnp.mean(jnp.square(difference)))
+    return theta, _soft_bits(frame, theta, factor[0]), rms
 
 
 @partial(jax.jit, static_argnames=("chords",))
@@ -167,12 +170,15 @@ def lm(
     code,
     bank,
     nuisance=None,
-    jacobians=5,
+    jacobians=8,
     chords=3,
     batch=8,
     progress=True,
 ):
     """Estimate keys by Levenberg-Marquardt from the nearest sample of a bank.
+
+    An image is settled when its residual is down to 8-bit rounding, or no longer falls; only the
+    others go on, so `jacobians` is a bound and not the cost.
 
     Args:
         key: unused; every estimator takes one.
@@ -182,7 +188,7 @@ def lm(
         strength, code: as injected.
         bank: prior samples to start from (`make_bank`).
         nuisance: leading nuisance directions that stay free; None for all.
-        jacobians: outer steps; chords: inner steps on each Jacobian.
+        jacobians: outer steps at most; chords: inner steps on each Jacobian.
         batch: images a compiled call.
         progress: show a progress line.
 
@@ -193,34 +199,44 @@ def lm(
     frame = whiten(space, strength=strength, code=code, nuisance=nuisance)
     images = jnp.asarray(images)
     n, count = len(images), frame.directions.shape[1]
-    start = nearest(bank, images) - space.mean[None]
-    loud = jnp.einsum("nd,dm->nm", start, space.nuisance[:, : frame.nuisance], precision="highest")
+    theta = np.array(_start(frame, space, nearest(bank, images)))
+    soft = np.full((n, count - frame.nuisance), 0.5, np.float32)
+    rms = np.full(n, np.inf, np.float32)
+    evaluations = np.ones(n)
+    cost = count + -count % _CHUNK + 1 + chords * len(_SHRINK)
+    todo = np.arange(n)
+    with Progress(n, label="lm") if progress else Silent() as line:
+        for _ in range(jacobians):
+            before = rms.copy()
+            for i in range(0, len(todo), batch):
+                rows = todo[i : i + batch]
+                full = np.resize(rows, batch)  # one shape, one compilation
+                found = _outer_steps(generator, frame, images[full], theta[full], chords=chords)
+                theta[rows], soft[rows], rms[rows] = (np.asarray(f)[: len(rows)] for f in found)
+                evaluations[rows] += cost
+                line.update(n - len(todo), residual=float(np.median(rms[np.isfinite(rms)])))
+            todo = todo[(rms[todo] > _FLOOR) & (rms[todo] < _STALLED * before[todo])]
+            line.update(n - len(todo))
+            if len(todo) == 0:
+                break
+    w = jax.vmap(partial(_place, frame))(jnp.asarray(theta))
+    return Solution(soft, w, residual(generator, w, images), evaluations)
+
+
+def _start(frame, space, latents):
+    """Whitened coordinates [n, q] of latents [n, d], with no key."""
+    loud = jnp.einsum(
+        "nd,dm->nm",
+        latents - space.mean[None],
+        space.nuisance[:, : frame.nuisance],
+        precision="highest",
+    )
     loud = loud / jnp.maximum(space.nuisance_stddev[None, : frame.nuisance], 1e-8)
-    theta = jnp.pad(loud, ((0, 0), (0, count - frame.nuisance)))
-    parts = []
-    with Progress(n, label="lm") as line:
-        for i in range(0, n, batch):
-            rows = [min(j, n - 1) for j in range(i, i + batch)]  # one shape, one compilation
-            parts.append(_solve(generator, frame, images[np.array(rows)], theta[np.array(rows)],
-                                jacobians=jacobians, chords=chords))  # fmt: skip
-            if progress:
-                line.update(min(i + batch, n))
-    soft, w, rms = (jnp.concatenate(part)[:n] for part in zip(*parts, strict=True))
-    tangents = count + -count % _CHUNK
-    cost = jacobians * (tangents + chords * len(_SHRINK) + 1) + 1
-    return Solution(soft, w, rms, jnp.full((n,), cost))
-
-
-def _solve(generator, frame, targets, theta, *, jacobians, chords):
-    for _ in range(jacobians):
-        theta, factor = _outer_steps(generator, frame, targets, theta, chords=chords)
-    w = jax.vmap(partial(_place, frame))(theta)
-    soft = jax.vmap(partial(_soft_bits, frame))(theta, factor)
-    return soft, w, residual(generator, w, targets)
+    return jnp.pad(loud, ((0, 0), (0, frame.directions.shape[1] - frame.nuisance)))
 
 
 def _soft_bits(frame, theta, factor):
-    """Probability that each bit is one, from the Gaussian at the solution, nuisance marginalised."""
+    """Probability that each bit is one: Gaussian at the solution, nuisance marginalised."""
     bits = theta[frame.nuisance :]
     units = jnp.eye(len(theta))[:, frame.nuisance :]
     half = jax.scipy.linalg.solve_triangular(factor, units, lower=True)

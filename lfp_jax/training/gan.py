@@ -155,6 +155,7 @@ def train(
         training["fd"] = _frechet(fold[_QUALITY], generator, fd_images, draws=_DRAWS)
         if start < steps:
             log.write(done, images=done * batch, fd=round(training["fd"]["value"], 4))
+    generator = generator.replace(sha256=_hash(generator))
     _write_store(os.path.join(workdir, NAME), generator, training)
     _write_curve(workdir, training)
     return generator
@@ -223,14 +224,17 @@ def _frechet(key, generator, n, *, draws=0):
 
 
 def _as_stored(generator):
-    """Round the weights to the float16 that the store keeps, and name them by their hash."""
+    """Round the weights to the float16 that the store keeps."""
     networks = (generator.mapping, generator.synthesis)
     mapping, synthesis = jax.tree.map(lambda x: jnp.float32(np.float16(x)), networks)
-    generator = generator.replace(mapping=mapping, synthesis=synthesis)
+    return generator.replace(mapping=mapping, synthesis=synthesis)
+
+
+def _hash(generator):
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(generator):
         digest.update(np.asarray(leaf, np.float32).tobytes())
-    return generator.replace(sha256=digest.hexdigest())
+    return digest.hexdigest()
 
 
 def _write_store(path, generator, training):

@@ -113,12 +113,17 @@ def _is_state(value):
 def _describe(content):
     if not content:
         return "it is an empty dict"
-    keys = [f"'{show(key)}'" for key in list(content)[:_KEYS_SHOWN]]
+    keys = [_entry(key, content[key]) for key in list(content)[:_KEYS_SHOWN]]
     text = f"its entries are {', '.join(keys)}{', ...' if len(content) > _KEYS_SHOWN else ''}"
     inner = content.get("state_dict")
     if isinstance(inner, dict) and inner:
         text += f"; its state_dict begins with '{show(next(iter(inner)))}'"
     return text
+
+
+def _entry(key, value):
+    made = f" (a {show(value.name)}, which is never run)" if isinstance(value, Opaque) else ""
+    return f"'{show(key)}'{made}"
 
 
 def _override(sizes, hparams):
