@@ -158,6 +158,8 @@ def train(
     generator = generator.replace(sha256=_hash(generator))
     _write_store(os.path.join(workdir, NAME), generator, training)
     _write_curve(workdir, training)
+    distance = f", FD {training['fd']['value']:.4g} ({features.NAME})" if "fd" in training else ""
+    print(f"Generator after {done * batch} images{distance}: {os.path.join(workdir, NAME)}/")
     return generator
 
 
