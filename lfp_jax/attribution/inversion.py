@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 from lfp_jax import fingerprint
+from lfp_jax.errors import UserError
 from lfp_jax.logs import Progress
 
 # On CPU a gradient step inside a scan runs several times slower than the same step unrolled and
@@ -38,6 +39,21 @@ class Solution(flax.struct.PyTreeNode):
     def bits(self):
         """Hard bits, uint8 [n, k]."""
         return (self.soft_bits > 0.5).astype(jnp.uint8)
+
+
+def check(generator, images, **counts):
+    """Check what every estimator is given: images [n, H, W, C] and options that count something.
+
+    Raises:
+        UserError: no image, images of another shape than the generator's, or a count below 1.
+    """
+    expected = generator.image_shape
+    if images.ndim != 4 or images.shape[1:] != tuple(expected) or not len(images):
+        wanted = ", ".join(map(str, expected))
+        raise UserError(f"Images must be [n, {wanted}] with n >= 1; got {list(images.shape)}.")
+    for name, count in counts.items():
+        if count < 1:
+            raise UserError(f"{name} must be >= 1; got {count}.")
 
 
 def decode_flat(generator, w):
@@ -129,8 +145,12 @@ def adam(
 
     Returns:
         A Solution; of each image's starts the one of least loss.
+
+    Raises:
+        UserError: images of another shape than the generator's; starts or steps below 1.
     """
     images = jnp.asarray(images)
+    check(generator, images, starts=starts, steps=steps)
     n, bits = len(images), space.carrier.shape[1]
     prepared = _prepare(loss, images)
     keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(n))
@@ -158,6 +178,7 @@ def _prepare(loss, images):
 
 def _choose_start(generator, space, images, prepared, unknowns, starts, steps, options):
     losses = _losses(generator, space, prepared, unknowns, **options)
+    losses = jnp.where(jnp.isnan(losses), jnp.inf, losses)  # argmin would take a NaN for least
     n = len(images)
     best = jnp.argmin(losses.reshape(n, starts), axis=1) + starts * jnp.arange(n)
     soft = jax.nn.sigmoid(unknowns[1][best])

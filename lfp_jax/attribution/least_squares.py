@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lfp_jax.attribution.inversion import Silent, Solution, decode_flat, residual
+from lfp_jax.attribution.inversion import Silent, Solution, check, decode_flat, residual
+from lfp_jax.errors import UserError
 from lfp_jax.logs import Progress
 
 _CHUNK = 64  # tangents pushed through the generator at once
@@ -48,7 +49,12 @@ def make_bank(key, generator, *, size, batch=256):
     """Decode `size` samples of the prior and keep their thumbnails.
 
     Made once a generator and design point; shared by all images and users.
+
+    Raises:
+        UserError: a size below 1.
     """
+    if size < 1:
+        raise UserError(f"A bank's size must be >= 1; got {size}.")
 
     @jax.jit
     def draw(generator, key, start):
@@ -127,8 +133,8 @@ def _outer_step(generator, frame, target, theta, chords):
     difference, live = _difference(image, target)
     jacobian = jacobian * live.reshape(1, -1)
     variance = jnp.maximum(jnp.mean(jnp.square(difference)), _QUANTUM)
-    gram = jnp.einsum("qp,rp->qr", jacobian, jacobian, precision="highest") / variance
-    factor = jax.scipy.linalg.cho_factor(gram + jnp.eye(len(theta)), lower=True)
+    gram = jnp.einsum("qp,rp->qr", jacobian, jacobian, precision="highest")
+    factor = jax.scipy.linalg.cho_factor(gram / variance + jnp.eye(len(theta)), lower=True)
 
     def evaluate(theta):
         difference, _ = _difference(_model(generator, frame, theta), target)
@@ -148,8 +154,9 @@ def _outer_step(generator, frame, target, theta, chords):
 
     carry = (theta, difference, _cost(difference, theta, variance))
     theta, difference, _ = jax.lax.scan(chord, carry, length=chords)[0]
-    rms = jnp.sqrt(jnp.mean(jnp.square(difference)))
-    return theta, _soft_bits(frame, theta, factor[0]), rms
+    square = jnp.mean(jnp.square(difference))
+    soft = _soft_bits(frame, theta, gram / jnp.maximum(square, _QUANTUM))
+    return theta, soft, jnp.sqrt(square)
 
 
 @partial(jax.jit, static_argnames=("chords",))
@@ -187,57 +194,94 @@ def lm(
         images: [n, H, W, C] in [-1, 1], already through 8 bits.
         strength, code: as injected.
         bank: prior samples to start from (`make_bank`).
-        nuisance: leading nuisance directions that stay free; None for all.
+        nuisance: leading nuisance directions that stay free; None for all. A tuple gives one entry
+            an outer step, never falling, the last one for all that follow: (96, 96, None) spends
+            small Jacobians while far off. Directions not yet free stay at zero.
         jacobians: outer steps at most; chords: inner steps on each Jacobian.
         batch: images a compiled call.
         progress: show a progress line.
 
     Returns:
         A Solution; soft bits are sigmoid(2 b / var b) of the whitened bit b at the solution.
+
+    Raises:
+        UserError: images of another shape than the generator's, an option below 1, or a schedule
+            that falls.
     """
     del key
-    frame = whiten(space, strength=strength, code=code, nuisance=nuisance)
     images = jnp.asarray(images)
-    n, count = len(images), frame.directions.shape[1]
-    theta = np.array(_start(frame, space, nearest(bank, images)))
-    soft = np.full((n, count - frame.nuisance), 0.5, np.float32)
+    check(generator, images, jacobians=jacobians, chords=chords, batch=batch)
+    frames = [
+        whiten(space, strength=strength, code=code, nuisance=free)
+        for free in _schedule(space, nuisance, jacobians)
+    ]
+    n, widest, bits = len(images), frames[-1].nuisance, space.carrier.shape[1]
+    theta = np.zeros((n, widest + bits), np.float32)  # all that will ever be free, then the bits
+    theta[:, : frames[0].nuisance] = _start(frames[0], space, nearest(bank, images))
+    soft = np.full((n, bits), 0.5, np.float32)
     rms = np.full(n, np.inf, np.float32)
     evaluations = np.ones(n)
-    cost = count + -count % _CHUNK + 1 + chords * len(_SHRINK)
     todo = np.arange(n)
     with Progress(n, label="lm") if progress else Silent() as line:
-        for _ in range(jacobians):
+        for frame, following in zip(frames, [*frames[1:], frames[-1]], strict=True):
+            free = np.r_[: frame.nuisance, widest : widest + bits]
             before = rms.copy()
             for i in range(0, len(todo), batch):
                 rows = todo[i : i + batch]
                 full = np.resize(rows, batch)  # one shape, one compilation
-                found = _outer_steps(generator, frame, images[full], theta[full], chords=chords)
-                theta[rows], soft[rows], rms[rows] = (np.asarray(f)[: len(rows)] for f in found)
-                evaluations[rows] += cost
-                line.update(n - len(todo), residual=float(np.median(rms[np.isfinite(rms)])))
-            todo = todo[(rms[todo] > _FLOOR) & (rms[todo] < _STALLED * before[todo])]
+                found = _outer_steps(
+                    generator, frame, images[full], theta[full][:, free], chords=chords
+                )
+                theta[np.ix_(rows, free)], soft[rows], rms[rows] = (
+                    np.asarray(each)[: len(rows)] for each in found
+                )
+                evaluations[rows] += _evaluations(frame, chords)
+                line.update(n - len(todo), residual=float(np.mean(rms[rows])))
+            goes_on = rms[todo] < _STALLED * before[todo]
+            goes_on |= following.nuisance > frame.nuisance  # what stalled may move again
+            todo = todo[(rms[todo] > _FLOOR) & goes_on]
             line.update(n - len(todo))
             if len(todo) == 0:
                 break
-    w = jax.vmap(partial(_place, frame))(jnp.asarray(theta))
+    w = jax.vmap(partial(_place, frames[-1]))(jnp.asarray(theta))
     return Solution(soft, w, residual(generator, w, images), evaluations)
 
 
+def _schedule(space, nuisance, jacobians):
+    """Give the number of free nuisance directions of every outer step."""
+    entries = nuisance if isinstance(nuisance, (tuple, list)) else (nuisance,)
+    every = space.nuisance.shape[1]
+    counts = [every if free is None else min(free, every) for free in entries]
+    if not counts or min(counts) < 0 or counts != sorted(counts):
+        raise UserError(f"nuisance must be >= 0 and must not fall; got {nuisance}.")
+    return [counts[min(i, len(counts) - 1)] for i in range(jacobians)]
+
+
+def _evaluations(frame, chords):
+    """Count the generator evaluations of one outer step: image, tangents, trials of step length."""
+    count = frame.directions.shape[1]
+    return 1 + count + -count % _CHUNK + chords * len(_SHRINK)
+
+
 def _start(frame, space, latents):
-    """Whitened coordinates [n, q] of latents [n, d], with no key."""
+    """Whitened nuisance coordinates [n, free] of latents [n, d]; they give no bits."""
     loud = jnp.einsum(
         "nd,dm->nm",
         latents - space.mean[None],
         space.nuisance[:, : frame.nuisance],
         precision="highest",
     )
-    loud = loud / jnp.maximum(space.nuisance_stddev[None, : frame.nuisance], 1e-8)
-    return jnp.pad(loud, ((0, 0), (0, frame.directions.shape[1] - frame.nuisance)))
+    return loud / jnp.maximum(space.nuisance_stddev[None, : frame.nuisance], 1e-8)
 
 
-def _soft_bits(frame, theta, factor):
-    """Probability that each bit is one: Gaussian at the solution, nuisance marginalised."""
+def _soft_bits(frame, theta, gram):
+    """Probability that each bit is one: Gaussian at the solution, nuisance marginalised.
+
+    `gram` is J^T J over the noise variance; where it is not finite nothing is known: one half.
+    """
     bits = theta[frame.nuisance :]
+    factor = jnp.linalg.cholesky(gram + jnp.eye(len(theta)))
     units = jnp.eye(len(theta))[:, frame.nuisance :]
     half = jax.scipy.linalg.solve_triangular(factor, units, lower=True)
-    return jax.nn.sigmoid(2.0 * bits / jnp.sum(jnp.square(half), axis=0))
+    soft = jax.nn.sigmoid(2.0 * bits / jnp.sum(jnp.square(half), axis=0))
+    return jnp.where(jnp.isnan(soft), 0.5, soft)
