@@ -1,0 +1,116 @@
+"""Levenberg-Marquardt: keys come back exactly, each image on its own, at the cost it says."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lfp_jax import basis, fingerprint, images
+from lfp_jax.attribution import least_squares
+from lfp_jax.errors import UserError
+from lfp_jax.generators import stylegan2
+
+BITS, FREE = 8, 24
+BOTH_CODES = pytest.mark.parametrize("code", ["antipodal", "binary"])
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Give generator and space."""
+    arch = stylegan2.Architecture(
+        resolution=8, channels=(16, 8), z_dim=32, w_dim=32, mapping_layers=2, mapping_width=32
+    )
+    generator = stylegan2.random_generator(jax.random.key(0), arch)
+    return generator, basis.split(basis.fit(generator.sample(jax.random.key(1), 512)), bits=BITS)
+
+
+@pytest.fixture(scope="module")
+def cases(model):
+    """Give by code: keys [4, k], 8-bit images [4, H, W, C], a bank that holds near samples."""
+    generator, space = model
+    latents = generator.sample(jax.random.key(3), 4)
+    far = generator.sample(jax.random.key(5), 28)
+    shift = jax.random.normal(jax.random.key(4), latents.shape)
+    near = latents + 0.2 * jnp.std(latents, axis=0)[None] * shift
+    rows = jnp.concatenate([far, near])
+    bank = least_squares.Bank(rows, least_squares.thumbnails(generator.decode(rows)))
+    keys = np.asarray(jax.random.bernoulli(jax.random.key(2), 0.5, (4, BITS)), np.uint8)
+    made = {}
+    for code in ("antipodal", "binary"):
+        marked = fingerprint.inject(space, latents, keys, strength=1.0, code=code)
+        made[code] = (keys, images.png_round_trip(generator.decode(marked)), bank)
+    return made
+
+
+def estimate(model, case, rows, *, code="antipodal", seed=0, **options):
+    _, made, bank = case
+    options = {"bank": bank, "batch": 2, "progress": False} | options
+    key = jax.random.key(seed)
+    return least_squares.lm(key, *model, made[rows], strength=1.0, code=code, **options)
+
+
+@BOTH_CODES
+def test_keys_come_back_from_8_bit_images(model, cases, code):
+    found = estimate(model, cases[code], slice(None), code=code)
+    np.testing.assert_array_equal(found.bits, cases[code][0])
+    assert found.soft_bits.min() >= 0.0 and found.soft_bits.max() <= 1.0
+    assert float(found.residual.max()) < 2.0 / 255.0
+    again = fingerprint.read(model[1], found.latents, strength=1.0, code=code)
+    np.testing.assert_array_equal(again, cases[code][0])
+
+
+def test_a_schedule_widens_and_still_finds_the_keys(model, cases):
+    case = cases["antipodal"]
+    found = estimate(model, case, slice(None), nuisance=(8, 8, None))
+    np.testing.assert_array_equal(found.bits, case[0])
+    one = estimate(model, case, slice(0, 1), nuisance=(8, None), jacobians=1)
+    rest = np.asarray(one.latents - model[1].mean[None]) @ np.asarray(model[1].nuisance)[:, 8:]
+    np.testing.assert_allclose(rest, 0.0, atol=1e-5)
+
+
+def test_fixed_nuisance_directions_stay_at_zero(model, cases):
+    found = estimate(model, cases["antipodal"], slice(0, 2), nuisance=8, jacobians=2)
+    part = np.asarray(found.latents - model[1].mean[None]) @ np.asarray(model[1].nuisance)
+    np.testing.assert_allclose(part[:, 8:], 0.0, atol=1e-5)
+    assert np.abs(part[:, :8]).max() > 0.1
+
+
+def test_an_overshoot_of_a_clipped_pixel_does_not_pull():
+    target = jnp.array([1.0, 1.0, -1.0, -1.0, 0.5])
+    made = jnp.array([1.4, 0.7, -1.4, -0.7, 1.4])
+    difference, live = least_squares._difference(made, target)
+    np.testing.assert_allclose(difference, [0.0, -0.3, 0.0, 0.3, 0.9], atol=1e-6)
+    np.testing.assert_array_equal(live, [False, True, False, True, True])
+
+
+def test_soft_bits_are_surer_where_noise_is_lower(model):
+    frame = least_squares.whiten(model[1], strength=1.0, code="antipodal", nuisance=None)
+    theta = jnp.linspace(-1.0, 1.0, FREE + BITS)
+    root = jax.random.normal(jax.random.key(0), (FREE + BITS, 64))
+    gram = root @ root.T
+    loud, quiet = (least_squares._soft_bits(frame, theta, gram / v) for v in (100.0, 10.0))
+    assert (np.abs(quiet - 0.5) > np.abs(loud - 0.5)).all()
+    # Nuisance marginalised: the variance is the inverse's diagonal, not the diagonal's inverse.
+    variance = np.diag(np.linalg.inv(np.asarray(gram / 100.0 + jnp.eye(FREE + BITS))))[FREE:]
+    expected = 1.0 / (1.0 + np.exp(-2.0 * np.asarray(theta[FREE:]) / variance))
+    np.testing.assert_allclose(loud, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"jacobians": 0}, "jacobians must be >= 1; got 0."),
+        ({"chords": 0}, "chords must be >= 1; got 0."),
+        ({"batch": 0}, "batch must be >= 1; got 0."),
+        ({"nuisance": (8, 4)}, r"must not fall; got \(8, 4\)."),
+        ({"nuisance": -1}, "nuisance must be >= 0"),
+    ],
+)
+def test_bad_options_are_user_errors(model, cases, options, message):
+    with pytest.raises(UserError, match=message):
+        estimate(model, cases["antipodal"], slice(0, 2), **options)
+
+
+def test_an_empty_bank_is_a_user_error(model):
+    with pytest.raises(UserError, match="A bank's size must be >= 1; got 0."):
+        least_squares.make_bank(jax.random.key(0), model[0], size=0)
