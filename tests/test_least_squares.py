@@ -12,6 +12,7 @@ from lfp_jax.generators import stylegan2
 
 BITS, FREE = 8, 24
 BOTH_CODES = pytest.mark.parametrize("code", ["antipodal", "binary"])
+TRIALS = 3 * 4  # of the default chord steps
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,30 @@ def test_fixed_nuisance_directions_stay_at_zero(model, cases):
     assert np.abs(part[:, :8]).max() > 0.1
 
 
+def test_images_are_on_their_own(model, cases):
+    case = cases["antipodal"]
+    options = {"jacobians": 2}
+    whole = estimate(model, case, slice(None), **options)
+    few = estimate(model, case, slice(1, 2), **options)
+    wide = estimate(model, case, slice(None), batch=3, seed=9, **options)
+    np.testing.assert_allclose(whole.latents[1], few.latents[0], atol=1e-4)
+    np.testing.assert_allclose(whole.latents, wide.latents, atol=1e-4)
+
+
+def test_the_chunked_jacobian_is_the_jacobian(model):
+    generator, space = model
+    frame = least_squares.whiten(space, strength=1.0, code="antipodal", nuisance=None)
+    theta = jax.random.normal(jax.random.key(0), (FREE + BITS,))
+    image, chunked = jax.jit(least_squares._jacobian)(generator, frame, theta)
+    plain = jax.jit(
+        lambda generator, frame, theta: jax.jacfwd(
+            lambda t: least_squares._model(generator, frame, t)
+        )(theta)
+    )(generator, frame, theta)
+    assert chunked.shape == (FREE + BITS, image.size)
+    np.testing.assert_allclose(chunked, plain.reshape(-1, FREE + BITS).T, atol=1e-5)
+
+
 def test_an_overshoot_of_a_clipped_pixel_does_not_pull():
     target = jnp.array([1.0, 1.0, -1.0, -1.0, 0.5])
     made = jnp.array([1.4, 0.7, -1.4, -0.7, 1.4])
@@ -94,6 +119,40 @@ def test_soft_bits_are_surer_where_noise_is_lower(model):
     variance = np.diag(np.linalg.inv(np.asarray(gram / 100.0 + jnp.eye(FREE + BITS))))[FREE:]
     expected = 1.0 / (1.0 + np.exp(-2.0 * np.asarray(theta[FREE:]) / variance))
     np.testing.assert_allclose(loud, expected, rtol=1e-3)
+
+
+def test_a_step_that_gives_nan_is_not_taken(model, cases):
+    generator, space = model
+    broken = generator.replace(synthesis=jax.tree.map(lambda x: x * jnp.nan, generator.synthesis))
+    found = estimate((broken, space), cases["antipodal"], slice(0, 2))
+    start = least_squares.nearest(cases["antipodal"][2], cases["antipodal"][1][:2])
+    offset = np.asarray(found.latents - start) @ np.asarray(space.nuisance)
+    np.testing.assert_allclose(offset, 0.0, atol=1e-4)
+    np.testing.assert_array_equal(found.soft_bits, 0.5)
+
+
+def test_evaluations_follow_the_formula(model, cases):
+    case = cases["antipodal"]
+    # 8 + 8 tangents and 24 + 8 both fill one chunk of 64.
+    found = estimate(model, case, slice(0, 2), nuisance=(8, None), jacobians=2)
+    assert found.evaluations.tolist() == [1 + 2 * (1 + 64 + TRIALS)] * 2
+
+
+def test_one_trace_serves_all_batches(model, cases):
+    case = cases["antipodal"]
+    estimate(model, case, slice(0, 2), jacobians=1)
+    traces = least_squares._outer_steps._cache_size()
+    estimate(model, case, slice(0, 3), jacobians=3)
+    assert least_squares._outer_steps._cache_size() == traces
+
+
+def test_a_bank_is_the_prior_and_its_nearest_sample_is_found(model):
+    generator, _ = model
+    bank = least_squares.make_bank(jax.random.key(7), generator, size=10, batch=4)
+    expected = generator.sample(jax.random.key(7), 10)
+    np.testing.assert_allclose(bank.latents, expected, atol=1e-5)
+    found = least_squares.nearest(bank, generator.decode(expected)[3:6])
+    np.testing.assert_allclose(found, expected[3:6], atol=1e-5)
 
 
 @pytest.mark.parametrize(
