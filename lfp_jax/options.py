@@ -1,5 +1,6 @@
 """The command line: flags and config overrides, with every mistake said in one line."""
 
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -33,6 +34,8 @@ def parse(argv: list[str]) -> flags.FlagValues:
 def _read(argv: list[str]) -> flags.FlagValues:
     # A set of flags of its own, not the global one, so that this can be called more than once.
     values = flags.FlagValues()
+    # A config file is loaded into this module; names of an earlier one must not live on in it.
+    sys.modules.pop("config_config", None)
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     flags.DEFINE_enum("mode", None, MODES, "what to do", flag_values=values)
     for name in ("workdir", "source", "target"):
