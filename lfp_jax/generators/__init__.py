@@ -31,7 +31,10 @@ def load(source, *, hparams=None, ema=True):
     if store.is_store(path):
         tree, metadata = store.load(path)
         return _from_store(tree, metadata)
-    checkpoint = stylegan2_files.read(path, hparams=hparams, ema=ema)
+    return _from_checkpoint(stylegan2_files.read(path, hparams=hparams, ema=ema), path)
+
+
+def _from_checkpoint(checkpoint, path):
     if checkpoint.generator is None:
         raise UserError(f"'{path}' holds no generator.")
     arch = _architecture(stylegan2.Architecture, checkpoint.generator_hparams)
@@ -67,7 +70,7 @@ def convert(source, target):
     if os.path.exists(target) and not store.is_store(target):
         raise UserError(f"'{target}' exists and is no weight store; it is left as it is.")
     checkpoint = stylegan2_files.read(source)
-    generator = load(source)
+    generator = _from_checkpoint(checkpoint, source)
     save(
         target, generator, source_format=checkpoint.source, licence=zoo.LICENCES[checkpoint.source]
     )
