@@ -27,8 +27,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.task = "stylegan2"
     config.data = "data/toon_head"
-    config.total_images = 400_000
+    config.total_images = 800_000
     config.resolution = 64
+    config.growth = ((16, 96_000), (32, 96_000))
     config.channels = (128, 128, 96, 32, 16)
     config.discriminator_channels = (128, 96, 64, 32, 16)
     config.w_dim = 512
@@ -50,6 +51,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.fd_images = 5_000
     if switches.tiny:
         config.channels = config.discriminator_channels = (16, 16, 8)
+        config.growth = ((8, 32),)
         config.resolution, config.w_dim, config.mapping_layers, config.batch = 16, 32, 2, 8
         config.total_images, config.log_every = 64, 1
         config.save_every = config.grid_every = 4

@@ -138,6 +138,18 @@ def enlarge(u8: np.ndarray, factor: int) -> np.ndarray:
     return np.repeat(np.repeat(u8, factor, axis=0), factor, axis=1)
 
 
+def shrink(u8: np.ndarray, size: int) -> np.ndarray:
+    """Average square blocks of uint8 images [n, H, W, C] down to size x size, rounded to uint8.
+
+    `size` divides the images' height and width.
+    """
+    n, height, width, channels = u8.shape
+    if (height, width) == (size, size):
+        return u8
+    blocks = u8.reshape(n, size, height // size, size, width // size, channels)
+    return np.stack([np.rint(x.mean(axis=(1, 3))).astype(np.uint8) for x in blocks])
+
+
 def _decode(source, name, *, formats, grey):
     """Decode a path or file object to uint8 [H, W, 3]; [H, W, 1] where `grey` and the file is."""
     try:

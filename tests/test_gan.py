@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,14 @@ import pytest
 from configs.train_stylegan2_demo import get_config
 from lfp_jax import generators, images, logs, main
 from lfp_jax.errors import UserError
-from lfp_jax.generators import stylegan2
+from lfp_jax.generators import layers, stylegan2
 from lfp_jax.metrics import distances, features
 from lfp_jax.training import gan, gan_step
 from lfp_jax.weights import store
 
 SIZE = 8
 NETWORK = {"resolution": SIZE, "channels": (8, 8), "w_dim": 16, "mapping_layers": 1}
+NETWORK["growth"] = ((SIZE // 2, 16),)  # the first two steps of a run
 COLOUR = (224, 64, 32)
 
 
@@ -120,6 +122,37 @@ def test_a_killed_and_resumed_run_equals_the_whole_one(whole, data, tmp_path, mo
     assert any(np.any(earlier[name] != leaf) for name, leaf in uninterrupted.items())
 
 
+def test_a_run_killed_where_a_resolution_ends_goes_on_the_same(whole, data, tmp_path):
+    gan.train(**_settings(data, tmp_path, total_images=16))
+    assert images.read(tmp_path / "samples-00000016.png").shape < (8 * SIZE, 8 * SIZE, 3)
+    gan.train(**_settings(data, tmp_path, total_images=32))
+    lines = _lines(whole)
+    assert _lines(tmp_path) == lines[:4]
+
+
+def test_growing_keeps_the_images(whole):
+    low = gan._at_resolution(_hyper(), SIZE // 2)
+    state = gan_step.init_state(jax.random.key(0), low)
+    grown = gan_step.grow(jax.random.key(1), state, _hyper())
+
+    @partial(jax.jit, static_argnames="arch")
+    def image(params, arch):
+        module = stylegan2.Synthesis(arch)
+        noise = [jnp.zeros(shape) for shape in stylegan2.noise_shapes(arch)]
+        return module.apply({"params": params["synthesis"]}, ws[:, : arch.num_ws], noise)
+
+    ws = jax.random.normal(jax.random.key(2), (2, _hyper().arch.num_ws, 16))
+    small, large = image(state.average, low.arch), image(grown.average, _hyper().arch)
+    np.testing.assert_allclose(large, layers.upsample(small, low.arch.fir), atol=1e-6)
+    # Every layer of the lower resolution is kept, and the discriminator's too.
+    for tree, kept in ((state.generator, grown.generator), (state.discriminator["b4"],
+                       grown.discriminator["b4"])):  # fmt: skip
+        kept = {jax.tree_util.keystr(k): v for k, v in jax.tree.leaves_with_path(kept)}
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            np.testing.assert_array_equal(kept[jax.tree_util.keystr(path)], leaf)
+    assert all(np.all(x == 0) for x in jax.tree.leaves(grown.discriminator_optimizer))
+
+
 def test_one_device_equals_four(whole, data, tmp_path):
     one = jax.devices()[:1]
     gan.train(**_settings(data, tmp_path, total_images=8, devices=one))
@@ -186,6 +219,7 @@ def test_the_distance_on_the_way_and_at_the_end(tmp_path, monkeypatch):
     (tmp_path / "faces").mkdir()
     data = _render(tmp_path / "faces", size=64)
     changes = {"resolution": 64, "channels": (4,) * 5, "total_images": 24, "path_weight": 0.0}
+    changes |= {"growth": ()}
     changes |= {"fd_every": 2, "fd_images": 100, "save_every": 4}
     trained = gan.train(**_settings(data, tmp_path, **changes))
     distance = [(line["step"], line["fd"]) for line in _lines(tmp_path) if "fd" in line]
@@ -211,6 +245,8 @@ def test_the_distance_on_the_way_and_at_the_end(tmp_path, monkeypatch):
         ({"save_every": 3, "log_every": 2}, "multiple of log_every; got 3 and 2"),
         ({"total_images": 0}, "total_images must be >= 1; got 0"),
         ({"fd_images": 1}, "fd_images >= 2; got 1"),
+        ({"growth": ((8, 16),)}, r"rising resolutions of \[4\]; got \[8\]"),
+        ({"growth": ((4, 0),)}, "1 image or more; got"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(changes, says, tmp_path):

@@ -76,7 +76,7 @@ def convert(source, target):
     )
 
 
-def save(target, generator, *, source_format, licence, dtype=np.float32):
+def save(target, generator, *, source_format, licence, dtype=np.float32, **more):
     """Write a StyleGAN2 as a native store.
 
     Args:
@@ -84,6 +84,7 @@ def save(target, generator, *, source_format, licence, dtype=np.float32):
         source_format: where the weights come from, e.g. "rosinality".
         licence: one line on what the weights may be used for.
         dtype: stored type of the networks' weights; w_avg and noise stay float32.
+        **more: further metadata, e.g. of the training; JSON values.
     """
     networks = {"mapping": generator.mapping, "synthesis": generator.synthesis}
     tree = {
@@ -99,6 +100,7 @@ def save(target, generator, *, source_format, licence, dtype=np.float32):
         "licence": licence,
         "resolution": generator.arch.resolution,
         "architecture": dataclasses.asdict(generator.arch),
+        **more,
     }
     store.save(target, tree, metadata)
 

@@ -5,10 +5,12 @@ inserts the reductions. A killed run that resumes equals the uninterrupted one, 
 device equals one on many (see `gan_step`).
 """
 
+import dataclasses
 import hashlib
 import math
 import os
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +36,7 @@ _CHUNK = 100  # generated images at once when measuring; bounds the memory
 _DRAWS = 20  # bootstrap draws of the last distance
 
 # Everything random in a run comes from one of these folds of the seed.
-_INIT, _STEPS, _NOISE, _GRID, _QUALITY = range(5)
+_INIT, _STEPS, _NOISE, _GRID, _QUALITY, _GROWTH = range(6)
 
 
 def train(
@@ -45,6 +47,7 @@ def train(
     channels,
     discriminator_channels=None,
     resolution=64,
+    growth=(),
     w_dim=512,
     mapping_layers=8,
     batch=16,
@@ -76,6 +79,9 @@ def train(
             grids and, at the end, the averaged generator as the store `stylegan2-demo` in float16
             and curve.png.
         total_images: stop after so many real images.
+        resolution: of the images, and of the pictures in the folder.
+        growth: pairs (resolution, images): the lower resolutions trained first, each for so many
+            images, as the coarse layers of the whole network; `gan_step.grow` adds the finer ones.
         channels: feature maps at 4, 8, ..., resolution; `discriminator_channels` likewise.
         ema_images: half-life of the averaged weights.
         log_every, save_every, grid_every: in steps; the first divides the second.
@@ -90,7 +96,7 @@ def train(
         UserError: no image folder, pictures or a distance of another size than the network's, a
             batch that does not divide by the devices, or intervals that do not fit.
     """
-    # --- network, state, checkpoints -------------------------------------------------------------
+    # --- networks, state, checkpoints ------------------------------------------------------------
     arch = stylegan2.Architecture(
         resolution=resolution, channels=tuple(channels), z_dim=w_dim, w_dim=w_dim,
         mapping_layers=mapping_layers, mapping_width=w_dim,
@@ -102,28 +108,41 @@ def train(
         arch, d_arch, batch, learning_rate, r1_gamma, r1_every, path_weight, path_every, mixing,
         flip, ema_images,
     )  # fmt: skip
-    _check(arch, total_images, log_every, save_every, fd_every, fd_images)
+    _check(arch, growth, total_images, log_every, save_every, fd_every, fd_images)
     mesh = sharding.mesh(devices=devices)
-    fold = [jax.random.fold_in(jax.random.key(seed), i) for i in range(5)]
+    fold = [jax.random.fold_in(jax.random.key(seed), i) for i in range(6)]
     manager = store.checkpoints(os.path.join(workdir, "checkpoints"))
-    state = sharding.replicate(mesh, gan_step.init_state(fold[_INIT], hyper))
     start = manager.latest_step() or 0
+    steps = math.ceil(total_images / batch)
+    stages = _stages(growth, resolution, batch)
+    stage = next(i for i, (_, end) in enumerate(stages) if start <= end)
+    size, end = stages[stage]
+    hyper_now = _at_resolution(hyper, size)
+    state = sharding.replicate(mesh, gan_step.init_state(fold[_INIT], hyper_now))
     if start:
         state = store.restore_step(manager, start, like=state)
-    steps = math.ceil(total_images / batch)
     log = MetricLog(os.path.join(workdir, "log.jsonl"))
+    averaged = partial(gan_step.averaged_generator, fold[_NOISE], name=NAME)
 
     # --- steps -----------------------------------------------------------------------------------
     if start < steps:
         log.truncate(start)
         pixels = _load_pixels(data, resolution)
-    clock, clock_step, window = time.monotonic(), start, []
+        shown = image_files.shrink(pixels, size)
+    done, clock, clock_step, window = start, time.monotonic(), start, []
     with Progress(max(steps, start) * batch, label="train", start=start * batch) as progress:
         for step in range(start, steps):
-            u8 = pixels[faces.batch_indices(seed, len(pixels), batch=batch, step=step)]
+            if step == end:
+                stage += 1
+                size, end = stages[stage]
+                hyper_now = _at_resolution(hyper, size)
+                grown = gan_step.grow(jax.random.fold_in(fold[_GROWTH], stage), state, hyper_now)
+                state, shown = sharding.replicate(mesh, grown), image_files.shrink(pixels, size)
+            u8 = shown[faces.batch_indices(seed, len(shown), batch=batch, step=step)]
             state, metrics = gan_step.train_step(
-                fold[_STEPS], state, sharding.shard(mesh, u8), jnp.asarray(step, jnp.int32), hyper,
-                penalise=step % r1_every == 0, path=bool(path_weight) and step % path_every == 0,
+                fold[_STEPS], state, sharding.shard(mesh, u8), jnp.asarray(step, jnp.int32),
+                hyper_now, penalise=step % r1_every == 0,
+                path=bool(path_weight) and step % path_every == 0,
             )  # fmt: skip
             window.append(metrics)
             done = step + 1
@@ -135,20 +154,17 @@ def train(
                 log.write(done, images=done * batch, **record, images_per_second=round(rate, 1))
                 progress.update(done * batch, d=record["d_loss"], g=record["g_loss"])
             if done % grid_every == 0 and not last:
-                generator = gan_step.averaged_generator(fold[_NOISE], state, arch, name=NAME)
+                generator = averaged(state, hyper_now.arch)
                 _write_grid(fold[_GRID], generator, workdir, done * batch)
-            if fd_every and done % fd_every == 0 and not last:
-                generator = gan_step.averaged_generator(fold[_NOISE], state, arch, name=NAME)
-                fd = _frechet(fold[_QUALITY], generator, fd_images)["value"]
+            if fd_every and done % fd_every == 0 and not last and size == resolution:
+                fd = _frechet(fold[_QUALITY], averaged(state, arch), fd_images)["value"]
                 log.write(done, images=done * batch, fd=round(fd, 4))
             if done % save_every == 0 or last:
                 store.save_step(manager, done, state)
     manager.close()
 
     # --- what ships ------------------------------------------------------------------------------
-    done = max(start, steps)
-    generator = gan_step.averaged_generator(fold[_NOISE], state, arch, name=NAME)
-    generator = _as_stored(generator)
+    generator = _as_stored(averaged(state, hyper_now.arch))
     _write_grid(fold[_GRID], generator, workdir, done * batch)
     training = {"images": done * batch}
     if fd_images and generator.image_shape == (features.SIZE, features.SIZE, 3):
@@ -156,14 +172,34 @@ def train(
         if start < steps:
             log.write(done, images=done * batch, fd=round(training["fd"]["value"], 4))
     generator = generator.replace(sha256=_hash(generator))
-    _write_store(os.path.join(workdir, NAME), generator, training)
+    generators.save(
+        os.path.join(workdir, NAME), generator, source_format="lfp_jax", licence=_LICENCE,
+        dtype=np.float16, training=training,
+    )  # fmt: skip
     _write_curve(workdir, training)
     distance = f", FD {training['fd']['value']:.4g} ({features.NAME})" if "fd" in training else ""
     print(f"Generator after {done * batch} images{distance}: {os.path.join(workdir, NAME)}/")
     return generator
 
 
-def _check(arch, total_images, log_every, save_every, fd_every, fd_images):
+def _stages(growth, resolution, batch):
+    """Return (resolution, step it ends at) of each stage; the last one has no end."""
+    ends = np.cumsum([math.ceil(images / batch) for _, images in growth]).tolist()
+    sizes = [size for size, _ in growth]
+    return list(zip([*sizes, resolution], [*ends, math.inf], strict=True))
+
+
+def _at_resolution(hyper, size):
+    """Cut the networks off above a resolution."""
+
+    def cut(arch):
+        channels = arch.channels[: int(math.log2(size)) - 1]
+        return dataclasses.replace(arch, resolution=size, channels=channels)
+
+    return hyper.replace(arch=cut(hyper.arch), d_arch=cut(hyper.d_arch))
+
+
+def _check(arch, growth, total_images, log_every, save_every, fd_every, fd_images):
     if total_images < 1:
         raise UserError(f"total_images must be >= 1; got {total_images}.")
     if save_every % log_every:
@@ -171,6 +207,12 @@ def _check(arch, total_images, log_every, save_every, fd_every, fd_images):
         raise UserError(
             f"save_every must be a multiple of log_every; got {save_every} and {log_every}."
         )
+    sizes = [size for size, _ in growth] + [arch.resolution]
+    powers = [4 * 2**i for i in range(len(arch.channels))]
+    if sizes != sorted(set(sizes)) or not set(sizes) <= set(powers):
+        raise UserError(f"growth must name rising resolutions of {powers[:-1]}; got {sizes[:-1]}.")
+    if any(images < 1 for _, images in growth):
+        raise UserError(f"growth must give each resolution 1 image or more; got {growth}.")
     size = (arch.resolution, arch.resolution, arch.image_channels)
     if fd_every and size != (features.SIZE, features.SIZE, 3):
         raise UserError(
@@ -237,12 +279,6 @@ def _hash(generator):
     for leaf in jax.tree.leaves(generator):
         digest.update(np.asarray(leaf, np.float32).tobytes())
     return digest.hexdigest()
-
-
-def _write_store(path, generator, training):
-    generators.save(path, generator, source_format="lfp_jax", licence=_LICENCE, dtype=np.float16)
-    tree, metadata = store.load(path)
-    store.save(path, tree, {**metadata, "training": training})
 
 
 def _write_curve(workdir, training):

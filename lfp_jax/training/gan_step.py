@@ -76,6 +76,33 @@ def init_state(key, hyper):
     )
 
 
+def grow(key, state, hyper):
+    """Start at a higher resolution from the state that a lower one ended in.
+
+    Layers of the same name and shape are kept; the others are drawn anew, but for the new ToRGB,
+    whose kernels are zero: the first images are the lower resolution's, upsampled. The optimisers
+    start afresh. Source: progressive growing, arXiv 1710.10196, without the fading.
+
+    Args:
+        key: random key, for the new layers.
+        state: the last state at the lower resolution.
+        hyper: the choices of the run at the higher one.
+
+    Returns:
+        The first state at the higher resolution.
+    """
+    learnt = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
+
+    def merge(path, fresh):
+        name = jax.tree_util.keystr(path)
+        kept = learnt.get(name)
+        if "optimizer" not in name and kept is not None and kept.shape == fresh.shape:
+            return kept
+        return jnp.zeros_like(fresh) if name.endswith("['torgb']['kernel']") else fresh
+
+    return jax.tree.map_with_path(merge, init_state(key, hyper))
+
+
 def _per_example(key, n, draw):
     """Draw for examples 0..n-1 of the global batch, each from its own key."""
     return jax.vmap(lambda i: draw(jax.random.fold_in(key, i)))(jnp.arange(n))
