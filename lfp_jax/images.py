@@ -67,6 +67,29 @@ def decode_png(data: bytes) -> np.ndarray:
     return _decode(io.BytesIO(data), "PNG bytes", formats=("PNG",), grey=True)
 
 
+def encode_jpeg(u8: np.ndarray, *, quality: int, subsampling: str) -> bytes:
+    """Encode one uint8 image [H, W, 1 or 3] as baseline JPEG bytes.
+
+    Args:
+        u8: the image; one channel becomes a greyscale file, which has no chroma.
+        quality: libjpeg's, 1 to 100.
+        subsampling: of chroma, "4:4:4", "4:2:2" or "4:2:0".
+    """
+    buffer = io.BytesIO()
+    image = Image.fromarray(u8[..., 0] if u8.shape[-1] == 1 else u8)
+    image.save(buffer, format="JPEG", quality=quality, subsampling=subsampling)
+    return buffer.getvalue()
+
+
+def decode_jpeg(data: bytes) -> np.ndarray:
+    """Decode JPEG bytes to uint8: [H, W, 1] of a greyscale file, else RGB [H, W, 3].
+
+    Raises:
+        UserError: the bytes are no JPEG, damaged, or larger than 64 million pixels.
+    """
+    return _decode(io.BytesIO(data), "JPEG bytes", formats=("JPEG",), grey=True)
+
+
 def png_round_trip(images: np.ndarray) -> np.ndarray:
     """Send float images [n, H, W, C] through real PNG bytes: what a file keeps of them."""
     u8 = to_uint8(images)
