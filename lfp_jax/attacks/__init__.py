@@ -6,18 +6,17 @@ published tables, with the values of the cited code. The image size stays.
 """
 
 import dataclasses
-import functools
 import inspect
 
 import jax
-import jax.numpy as jnp
 
 from lfp_jax import images as files
 from lfp_jax.attacks.degradation import blur, median, noise, salt_and_pepper
 from lfp_jax.attacks.geometric import crop, flip, perspective, resize, rotate, translate
 from lfp_jax.attacks.jpeg import jpeg, jpeg_approximate
 from lfp_jax.attacks.occlusion import erase, text
-from lfp_jax.attacks.operation import Operation, Uniform
+from lfp_jax.attacks.operation import Operation
+from lfp_jax.attacks.operation import Uniform as Uniform
 from lfp_jax.attacks.photometric import brightness, contrast, greyscale, hue, saturation, sharpness
 from lfp_jax.errors import UserError, choose, did_you_mean
 
@@ -92,10 +91,9 @@ def apply(key, images, attack, *, start=0):
     """
     images = files.from_uint8(files.to_uint8(images))
     for index, (name, options) in enumerate(attack.steps):
-        if isinstance(FUNCTIONS[name], Operation):
-            images = _step(key, start, index, images, *_sort(name, options))
-        else:
-            images = FUNCTIONS[name](key, images, **dict(options))
+        function = FUNCTIONS[name]
+        place = {"start": start, "step": index} if isinstance(function, Operation) else {}
+        images = function(key, images, **place, **dict(options))
     return files.from_uint8(files.to_uint8(images))
 
 
@@ -105,40 +103,21 @@ def simulate(key, images, attack, *, start=0):
     Args and result are those of `apply`, but for JAX arrays; keys, and so what is drawn, agree.
     """
     for index, (name, options) in enumerate(attack.steps):
-        name = "jpeg_approximate" if name == "jpeg" else name
-        images = _step(key, start, index, images, *_sort(name, options))
+        function = jpeg_approximate if name == "jpeg" else FUNCTIONS[name]
+        images = function(key, images, start=start, step=index, **dict(options))
     return images
-
-
-@functools.partial(jax.jit, static_argnames=("name", "fixed"))
-def _step(key, start, index, images, strengths, name, fixed):
-    def one_key(i):
-        return jax.random.fold_in(jax.random.fold_in(key, i), index)
-
-    keys = jax.vmap(one_key)(start + jnp.arange(len(images)))
-    return FUNCTIONS[name].with_keys(keys, images, **strengths, **dict(fixed))
-
-
-def _sort(name, options):
-    """Split options into strengths, which programs take as arguments, and those compiled in."""
-    bounds = FUNCTIONS[name].bounds
-    strengths = {option: value for option, value in options if option in bounds}
-    return strengths, name, tuple(pair for pair in options if pair[0] not in bounds)
 
 
 def _options(name, given):
     """Check the options of one step; strengths become floats. ((option, value), ...)"""
     function = choose(name, FUNCTIONS, "attack")
-    known = {
-        p.name: p for p in inspect.signature(function).parameters.values()
-        if p.kind is p.KEYWORD_ONLY
-    }  # fmt: skip
+    spec = inspect.getfullargspec(getattr(function, "one", function))
     for option in given:
-        if option not in known:
-            raise UserError(did_you_mean(option, known, f"option of attack '{name}':"))
-    missing = [n for n, p in known.items() if p.default is p.empty and n not in given]
+        if option not in spec.kwonlyargs:
+            raise UserError(did_you_mean(option, spec.kwonlyargs, f"option of attack '{name}':"))
+    missing = set(spec.kwonlyargs) - set(given) - set(spec.kwonlydefaults or ())
     if missing:
-        raise UserError(f"Attack '{name}' needs {', '.join(missing)}.")
+        raise UserError(f"Attack '{name}' needs a value of {', '.join(sorted(missing))}.")
     bounds = getattr(function, "bounds", {})
     return tuple(
         (option, _strength(name, option, value, bounds[option]) if option in bounds else value)
@@ -154,6 +133,43 @@ def _strength(name, option, value, bounds):
         raise UserError(f"{option} of '{name}' must be in {low:g} .. {high:g}; got {value}.")
     return jax.tree.unflatten(form, map(float, leaves))
 
+
+def _sweep(function, option, *values, **others):
+    """One attack for each value of an option, named after both."""
+    return tuple(
+        chain(f"{function}-{value:g}", **{function: {option: value, **others}}) for value in values
+    )
+
+
+def _waves(strength):
+    """The distortions of WAVES at a strength in 0..1, which maps linearly to each one's range."""
+    geometric = {
+        "rotate": {"degrees": 45.0 * strength},
+        "crop": {"keep": (1.0 - 0.5 * strength) ** 0.5, "random": True},
+        "erase": {"area": 0.25 * strength},
+    }
+    photometric = {
+        "brightness": {"factor": 1.0 + strength},
+        "contrast": {"factor": 1.0 + strength},
+    }
+    degradation = {
+        "blur": {"sigma": 20.0 * strength, "window": 161},
+        "noise": {"std": _OF_0_1 * 0.1 * strength},
+        "jpeg": {"quality": round(90 - 80 * strength)},
+    }
+    every = geometric | photometric | degradation
+    combined = {
+        "geometric": geometric,
+        "photometric": photometric,
+        "degradation": degradation,
+        "all": every,
+    }
+    rows = {name: {name: options} for name, options in every.items()} | combined
+    return tuple(chain(f"{name}-{strength:g}", **steps) for name, steps in rows.items())
+
+
+_OF_0_1 = 2.0  # a standard deviation stated on [0, 1] is twice that on [-1, 1]
+_JITTER_6 = Uniform(0.0, 7.0)  # "brightness 6" of torchvision's ColorJitter: factor 1 - 6 to 1 + 6
 
 SUITES = {
     # Every other attack starts from, and ends in, 8 bits too.
@@ -182,6 +198,101 @@ SUITES = {
             crop={"keep": 0.8},
             noise={"std": 0.1},
             jpeg={"quality": 50},
+        ),
+    ),
+    # Kim et al. 2021, Decentralized Attribution; noise on [-1, 1], sigma a third of the window.
+    "kim21": (
+        chain("crop", crop={"keep": 0.8}),
+        chain("noise", noise={"std": 0.3}),
+        chain("blur", blur={"sigma": 3.0, "window": 9}),
+        chain("jpeg", jpeg={"quality": 50}),
+        chain(
+            "combination",
+            blur={"sigma": 3.0, "window": 9},
+            crop={"keep": 0.8},
+            noise={"std": 0.1},
+            jpeg={"quality": 50},
+        ),
+    ),
+    # Kim et al. 2024, WOUAF. Strengths are drawn for each image.
+    "wouaf": (
+        chain("translate", translate={"down": Uniform(-0.1, 0.1), "right": Uniform(-0.1, 0.1)}),
+        chain("rotate", rotate={"degrees": Uniform(-30.0, 30.0)}),
+        *_sweep("blur", "window", 3, 5, 7, sigma=Uniform(1.0, 3.0)),
+        chain("brightness", brightness={"factor": Uniform(0.7, 1.3)}),
+        chain("noise", noise={"std": _OF_0_1 * 0.2}),
+        chain("erase", erase={"area": Uniform(0.02, 0.33), "aspect": Uniform(0.3, 3.3, log=True)}),
+        chain("jpeg", jpeg={"quality": 50}),
+    ),
+    # Fernandez et al. 2023. Crop and resize are named by area, as its code takes them.
+    "stable-signature": (
+        chain("crop-0.5", crop={"keep": 0.5**0.5}),
+        chain("crop-0.1", crop={"keep": 0.1**0.5}),
+        *_sweep("rotate", "degrees", 25, 90),
+        *_sweep("jpeg", "quality", 80, 50),
+        *_sweep("brightness", "factor", 1.5, 2.0),
+        *_sweep("contrast", "factor", 1.5, 2.0),
+        *_sweep("saturation", "factor", 1.5, 2.0),
+        *_sweep("sharpness", "factor", 1.5, 2.0),
+        chain("resize-0.5", resize={"scale": 0.5**0.5}),
+        chain("resize-0.1", resize={"scale": 0.1**0.5}),
+        chain("text", text={}),
+        chain(
+            "combination",
+            crop={"keep": 0.5**0.5},
+            brightness={"factor": 1.5},
+            jpeg={"quality": 80},
+        ),
+    ),
+    # An et al. 2024, WAVES; its strength runs from 0 to 1.
+    "waves": (*_waves(0.25), *_waves(0.5), *_waves(1.0)),
+    # Wen et al. 2023. The crop takes 0.75 of the area at an aspect of 0.75: full height, 0.75 wide.
+    "tree-ring": (
+        chain("rotate", rotate={"degrees": 75.0}),
+        chain("jpeg", jpeg={"quality": 25}),
+        chain("crop", crop={"keep": (1.0, 0.75), "random": True}),
+        chain("blur", blur={"sigma": 4.0, "window": 33}),
+        chain("noise", noise={"std": _OF_0_1 * 0.1}),
+        chain("brightness", brightness={"factor": _JITTER_6}),
+    ),
+    # Yang et al. 2024. Crop and drop keep, or blacken, a square of 0.6 or 0.8 of each side.
+    "gaussian-shading": (
+        chain("jpeg", jpeg={"quality": 25}),
+        chain("crop", erase={"area": 0.6**2, "outside": True}),
+        chain("drop", erase={"area": 0.8**2}),
+        chain("blur", blur={"sigma": 4.0, "window": 33}),
+        chain("median", median={"window": 7}),
+        chain("noise", noise={"std": _OF_0_1 * 0.05}),
+        chain("salt-and-pepper", salt_and_pepper={"amount": 0.05}),
+        chain("resize", resize={"scale": 0.25}),
+        chain("brightness", brightness={"factor": _JITTER_6}),
+    ),
+    # The noise of the two above as their code adds it: in uint8, where it wraps around.
+    "wrapped-noise": (
+        chain("tree-ring", noise={"std": _OF_0_1 * 0.1, "wrap": True}),
+        chain("gaussian-shading", noise={"std": _OF_0_1 * 0.05, "wrap": True}),
+    ),
+    # Fernandez et al. 2024, Video Seal, on single frames.
+    "videoseal": (
+        chain("flip", flip={}),
+        *_sweep("rotate", "degrees", 5, 10, 30, 45, 90),
+        *_sweep("resize", "scale", 0.32, 0.45, 0.55, 0.63, 0.71, 0.77, 0.84, 0.89, 0.95, 1.0),
+        *_sweep("crop", "keep", 0.32, 0.45, 0.55, 0.63, 0.71, 0.77, 0.84, 0.89, 0.95, 1.0),
+        *_sweep("perspective", "distortion", 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
+        *_sweep("brightness", "factor", 0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0),
+        *_sweep("contrast", "factor", 0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0),
+        *_sweep("hue", "turn", -0.4, -0.3, -0.2, -0.1, 0.1, 0.2, 0.3, 0.4, 0.5),
+        chain("greyscale", greyscale={}),
+        *_sweep("jpeg", "quality", 40, 50, 60, 70, 80, 90),
+        *(
+            chain(f"blur-{w}", blur={"sigma": 0.3 * ((w - 1) / 2 - 1) + 0.8, "window": w})
+            for w in (3, 5, 9, 13, 17)
+        ),
+        chain(
+            "combination",
+            jpeg={"quality": 40},
+            crop={"keep": 0.71},
+            brightness={"factor": 0.5},
         ),
     ),
 }

@@ -2,10 +2,15 @@
 
 import dataclasses
 import functools
+import inspect
 import math
 
 import jax
 import jax.numpy as jnp
+
+ANY = (-math.inf, math.inf)  # bounds of strengths
+POSITIVE = (0.0, math.inf)
+SHARE = (0.0, 1.0)
 
 
 @functools.partial(
@@ -20,47 +25,53 @@ class Uniform:
     log: bool = False
 
     def draw(self, key):
-        """Draw one value; it depends on the key only."""
+        """Draw one value."""
+        low, high = jnp.float32(self.low), jnp.float32(self.high)
         if self.log:
-            return jnp.exp(jax.random.uniform(key, (), jnp.float32, *map(jnp.log, self._ends())))
-        return jax.random.uniform(key, (), jnp.float32, *self._ends())
-
-    def _ends(self):
-        return jnp.float32(self.low), jnp.float32(self.high)
+            return jnp.exp(jax.random.uniform(key, (), jnp.float32, jnp.log(low), jnp.log(high)))
+        return jax.random.uniform(key, (), jnp.float32, low, high)
 
 
 class Operation:
-    """An attack on batches [n, H, W, C] in [-1, 1], made of a formula for one image.
-
-    Image i gets the key fold_in(key, start + i); the result is clamped to [-1, 1].
+    """An attack on batches, made of a formula for one image.
 
     Attributes:
         one: the formula, `one(key, image, **options)` on [H, W, C], unclamped: what a model of the
             attack differentiates, also in its strengths.
-        bounds: {strength: (least, most)}. Strengths may be traced; the other options may not.
+        bounds: {strength: (least, most)}. Strengths are arguments of the compiled program and may
+            be traced; the other options are compiled in.
     """
 
     def __init__(self, one, bounds):
         functools.update_wrapper(self, one)
         self.one, self.bounds = one, bounds
+        fixed = [name for name in inspect.getfullargspec(one).kwonlyargs if name not in bounds]
+        self._compiled = jax.jit(self._each, static_argnames=fixed)
 
-    def __call__(self, key, images, *, start=0, **options):
-        """Attack a batch; a strength may be a number, traced or not, or a `Uniform`."""
-        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(start + jnp.arange(len(images)))
-        return self.with_keys(keys, images, **options)
+    def __call__(self, key, images, *, start=0, step=0, **options):
+        """Attack images [n, H, W, C] in [-1, 1]; the result is clamped to [-1, 1].
 
-    def with_keys(self, keys, images, **options):
-        """Attack images [n, H, W, C] with keys [n], one each."""
+        Args:
+            key: PRNG key; image i uses a fold of fold_in(key, start + i) by `step`.
+            images: the images.
+            start: global index of the first image.
+            step: position of this attack in a sequence of several.
+            **options: of the formula. A strength may be one number, [n], or a `Uniform`.
+        """
+        keys, draws = _image_keys(key, start, step, count=len(images))
+        random = {name: v for name, v in options.items() if isinstance(v, Uniform)}
+        if random:
+            options = options | _draw(draws, random)
+        return self._compiled(keys, images, **options)
 
-        def attack(key, image):
-            key, draws = jax.random.split(key)
-            drawn = {
-                name: value.draw(jax.random.fold_in(draws, i)) if _is_random(value) else value
-                for i, (name, value) in enumerate(sorted(options.items()))
-            }
-            return jnp.clip(self.one(key, image, **drawn), -1.0, 1.0)
+    def _each(self, keys, images, **options):
+        strengths = {name: options.pop(name) for name in self.bounds if name in options}
 
-        return jax.vmap(attack)(keys, images)
+        def attack(key, image, strengths):
+            return jnp.clip(self.one(key, image, **strengths, **options), -1.0, 1.0)
+
+        own = jax.tree.map(lambda strength: 0 if jnp.ndim(strength) else None, strengths)
+        return jax.vmap(attack, in_axes=(0, 0, own))(keys, images, strengths)
 
 
 def operation(**bounds):
@@ -68,13 +79,23 @@ def operation(**bounds):
     return functools.partial(Operation, bounds=bounds)
 
 
-def _is_random(value):
-    return isinstance(value, Uniform)
+@functools.partial(jax.jit, static_argnames="count")
+def _image_keys(key, start, step, *, count):
+    """Keys [count] of the images, and others [count] to draw their strengths with."""
+
+    def split(i):
+        return jax.random.split(jax.random.fold_in(jax.random.fold_in(key, i), step))
+
+    keys = jax.vmap(split)(start + jnp.arange(count))
+    return keys[:, 0], keys[:, 1]
 
 
-ANY = (-math.inf, math.inf)
-POSITIVE = (0.0, math.inf)
-SHARE = (0.0, 1.0)
+@jax.jit
+def _draw(keys, strengths):
+    return {
+        name: jax.vmap(lambda key, i=i, value=value: value.draw(jax.random.fold_in(key, i)))(keys)
+        for i, (name, value) in enumerate(sorted(strengths.items()))
+    }
 
 
 @jax.custom_jvp
