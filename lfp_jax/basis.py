@@ -5,6 +5,7 @@ stored in float32. A latent of any shape is a flat vector of d values here.
 """
 
 import operator
+from typing import Any
 
 import flax
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 from lfp_jax.errors import UserError
 
 _CHUNK = 4096  # latents brought to float64 at once
+_BATCH = 64  # latents sampled at once
 
 
 @flax.struct.dataclass
@@ -66,6 +68,23 @@ def fit(latents: np.ndarray) -> Basis:
         components=jnp.asarray(components, jnp.float32),
         stddev=jnp.asarray(np.sqrt(np.maximum(variance, 0.0)), jnp.float32),
     )
+
+
+def fit_generator(key: jax.Array, generator: Any, *, samples: int) -> Basis:
+    """Find the principal directions of a generator's latents: `fit` on samples of its prior.
+
+    Args:
+        key: draws the samples.
+        generator: a frozen generator.
+        samples: how many latents.
+    """
+    parts = [np.asarray(_sample(key, generator, start)) for start in range(0, samples, _BATCH)]
+    return fit(np.concatenate(parts)[:samples])
+
+
+@jax.jit
+def _sample(key, generator, start):
+    return generator.sample(key, _BATCH, start=start)
 
 
 def split(basis: Basis, *, bits: int = 64, shift: int | None = None) -> Space:

@@ -13,6 +13,8 @@ Flags:
   --workdir  where the results go (default: runs/NAME-OF-THE-CONFIG)
   --source   convert: the file to read
   --target   convert: the folder to write
+  --distributed  train: one of several processes, which the cluster (TPU pod, Slurm) tells apart,
+             or --coordinator=HOST:PORT --processes=N --process=I
 
 Examples:
   python -m lfp_jax.main --config=configs/stylegan2.py
@@ -30,9 +32,9 @@ from pathlib import Path
 import absl.logging
 
 from lfp_jax import options
-from lfp_jax.errors import UserError
+from lfp_jax.errors import UserError, choose
 
-_TRAINERS = {"stylegan2": "lfp_jax.training.gan", "classifier": "lfp_jax.training.classifier"}
+_TRAINERS = {"stylegan2": "gan", "classifier": "classifier", "estimator": "estimator"}
 
 
 def main(argv: list[str]) -> int:
@@ -76,15 +78,19 @@ def _dispatch(flags) -> int:
         raise UserError(f"--mode={mode} does not fit this config; it is for --mode={expected}.")
     name = flags["config"].config_filename.partition(":")[0]
     workdir = Path(flags.workdir or Path("runs") / Path(name).stem)
+    if flags.distributed:
+        if task != "estimator":  # any other would do the whole job in each process
+            raise UserError("--distributed is for the task 'estimator' only.")
+        where = {name: flags[name].value for name in ("coordinator", "processes", "process")}
+        importlib.import_module("lfp_jax.sharding").join(**where)
     if task:
         return _train(workdir, **config.to_dict())
     return importlib.import_module("lfp_jax.experiment").run(config, workdir) or 0
 
 
 def _train(workdir: Path, *, task: str, **settings) -> int:
-    if task not in _TRAINERS:
-        raise UserError(f"Unknown task '{task}'. Available: {', '.join(_TRAINERS)}.")
-    importlib.import_module(_TRAINERS[task]).train(workdir=workdir, **settings)
+    module = choose(task, _TRAINERS, "task")
+    importlib.import_module(f"lfp_jax.training.{module}").train(workdir=workdir, **settings)
     return 0
 
 

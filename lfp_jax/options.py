@@ -18,8 +18,8 @@ def parse(argv: list[str]) -> flags.FlagValues:
       argv: the program's name and its arguments.
 
     Returns:
-      Flags `config` (a locked ConfigDict or None), `mode`, `workdir`, `source` and `target` (text
-      or None).
+      Flags `config` (a locked ConfigDict or None), `mode`, `workdir`, `source`, `target` and
+      `coordinator` (text or None), `distributed`, `processes` and `process` (a number or None).
 
     Raises:
       UserError: an unknown flag, field, mode or file, or a value of the wrong type.
@@ -38,8 +38,11 @@ def _read(argv: list[str]) -> flags.FlagValues:
     sys.modules.pop("config_config", None)
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     flags.DEFINE_enum("mode", None, MODES, "what to do", flag_values=values)
-    for name in ("workdir", "source", "target"):
-        flags.DEFINE_string(name, None, "a path", flag_values=values)
+    for name in ("workdir", "source", "target", "coordinator"):
+        flags.DEFINE_string(name, None, "a path or an address", flag_values=values)
+    flags.DEFINE_bool("distributed", False, "one of several processes", flag_values=values)
+    for name in ("processes", "process"):
+        flags.DEFINE_integer(name, None, "a number", lower_bound=0, flag_values=values)
     try:
         unnamed = values(argv)[1:]
     except flags.Error as error:
@@ -51,6 +54,8 @@ def _read(argv: list[str]) -> flags.FlagValues:
         raise UserError(
             "--config needs a file with get_config(arg), e.g. configs/stylegan2.py."
         ) from None
+    if not values.distributed and {values.coordinator, values.processes, values.process} != {None}:
+        raise UserError("--coordinator, --processes and --process need --distributed.")
     if unnamed:
         raise UserError(f"Unexpected argument '{unnamed[0]}': options are --flags. See --help.")
     return values

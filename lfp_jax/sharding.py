@@ -15,6 +15,25 @@ from lfp_jax.errors import UserError
 _AXIS = "data"
 
 
+def join(*, coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Make this process one of several that compute together; before any device is touched.
+
+    Args:
+      coordinator: HOST:PORT of process 0; None where the cluster tells all three (TPU pod, Slurm).
+      processes: how many there are.
+      process: which this one is, from 0 on.
+
+    Raises:
+      UserError: the others cannot be reached, or nothing tells who they are. A process never goes
+        on alone.
+    """
+    try:
+        jax.distributed.initialize(coordinator, processes, process)
+    except (RuntimeError, ValueError) as error:
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--distributed: this process could not join the others: {cause}") from None
+
+
 def mesh(*, devices: list[jax.Device] | None = None) -> Mesh:
     """Make the mesh: one axis over all devices.
 

@@ -8,6 +8,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 _LOSSES = {"d_loss": "discriminator", "g_loss": "generator"}
+_ERRORS = {
+    "bit_loss": "bits: cross-entropy (nats; ln 2 says nothing)",
+    "theta_error": "nuisance: mean square, whitened (1 says nothing)",
+}
 
 
 def training_curve(
@@ -20,26 +24,51 @@ def training_curve(
         lines: of the training log; each has "images" and any of "fd", "d_loss", "g_loss".
         features: what the distance is measured on, for the label.
     """
-    lines = sorted(lines, key=lambda line: line["images"])
-    distances = _series(lines, "fd")
-    figure = Figure(figsize=(7, 6 if distances[0] else 3), dpi=120, layout="constrained")
-    axes = figure.subplots(2 if distances[0] else 1, sharex=True, squeeze=False)[:, 0]
-    if distances[0]:
-        axes[0].plot(*distances, marker="o", markersize=3, color="black")
-        axes[0].set(ylabel=f"FD, {features}", yscale="log")
-        axes[0].grid(alpha=0.3, which="both")
-    for name, label in _LOSSES.items():
-        axes[-1].plot(*_series(lines, name), label=label, linewidth=0.8)
-    axes[-1].set(xlabel="training images seen", ylabel="loss (nats)")
-    axes[-1].grid(alpha=0.3)
-    axes[-1].legend()
+    upper = {"ylabel": f"FD, {features}", "yscale": "log", "series": {"fd": None}}
+    lower = {"ylabel": "loss (nats)", "series": _LOSSES}
+    _curve(path, lines, [upper, lower], along="images")
+
+
+def estimator_curve(path: str | os.PathLike, lines: Iterable[dict[str, Any]]) -> None:
+    """Draw bit accuracy and losses of an estimator's training against the pairs seen, as a PNG.
+
+    Args:
+        path: the file to write.
+        lines: of the training log; each has "pairs" and any of "fresh" ({attack: bit accuracy}),
+            "bit_loss", "theta_error".
+    """
+    lines = [{**line, **line.get("fresh", {})} for line in lines]
+    attacks = dict.fromkeys(name for line in lines for name in line.get("fresh", {}))
+    upper = {"ylabel": "bit accuracy, fresh keys", "series": {name: name for name in attacks}}
+    lower = {"ylabel": "training error", "series": _ERRORS}
+    _curve(path, lines, [upper, lower], along="pairs")
+
+
+def _curve(path, lines, panels, *, along):
+    """Draw panels of series of the lines, one above the other; one that has none is left out."""
+    lines = sorted(lines, key=lambda line: line[along])
+    panels = [p for p in panels if any(_series(lines, name, along)[0] for name in p["series"])]
+    figure = Figure(figsize=(7, 3 * max(len(panels), 1)), dpi=120, layout="constrained")
+    axes = figure.subplots(max(len(panels), 1), sharex=True, squeeze=False)[:, 0]
+    for axis, panel in zip(axes, panels, strict=False):
+        for name, label in panel["series"].items():
+            marker = "o" if panel is not panels[-1] else None  # measured now and then
+            axis.plot(
+                *_series(lines, name, along), label=label, linewidth=0.8, marker=marker,
+                markersize=3,
+            )  # fmt: skip
+        axis.set(ylabel=panel["ylabel"], yscale=panel.get("yscale", "linear"))
+        axis.grid(alpha=0.3, which="both")
+        if any(panel["series"].values()):
+            axis.legend()
+    axes[-1].set(xlabel=f"training {along} seen")
     _write(figure, path)
 
 
-def _series(lines, name):
-    """Give the images and values of the lines that have a value (null in JSON: not finite)."""
+def _series(lines, name, along):
+    """Give the places and values of the lines that have a value (null in JSON: not finite)."""
     kept = [line for line in lines if line.get(name) is not None]
-    return [line["images"] for line in kept], [line[name] for line in kept]
+    return [line[along] for line in kept], [line[name] for line in kept]
 
 
 def _write(figure, path):

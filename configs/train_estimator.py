@@ -1,0 +1,64 @@
+"""Trains the network of the estimator `learned` for the design point of the main job.
+
+    python -m lfp_jax.main --config=configs/train_estimator.py
+
+The same command goes on with a run that was stopped. Training pairs are drawn from the generator
+itself, without end; new users need no training. The folder `estimator` of the workdir is what
+`learned` loads; beside it are `curve.png` and `log.jsonl`, with bit accuracy on fresh keys under
+each attack on the way.
+
+Over several processes, here two on one machine, the losses are the same:
+
+    python -m lfp_jax.main --config=configs/train_estimator.py --distributed \\
+        --coordinator=localhost:12345 --processes=2 --process=0    (and --process=1)
+"""
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+from configs.common import parse_arg
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """Describe the training run.
+
+    Args:
+        arg: `tiny` for a few steps of a small network.
+    """
+    switches = parse_arg(arg, tiny=False)
+    config = ml_collections.ConfigDict()
+    config.task = "estimator"
+    config.generator = "stylegan2-demo"  # a name in the zoo or a path
+    config.seed = 0
+    config.basis_samples = 50_000  # with the seed: as in the experiments it is for
+    config.bits = 64
+    config.shift = placeholder(int)
+    config.strength = 1.0
+    config.code = "antipodal"
+    config.nuisance = placeholder(int)  # unset: all directions
+
+    config.total_pairs = 1_000_000
+    config.attacks = "paper"  # or "none"
+    config.network = ml_collections.ConfigDict(
+        {
+            "patch": 4, "channels": (64, 128), "blocks": 2, "grid": 4, "head": 64, "width": 384,
+            "rounds": 2,
+        }
+    )  # fmt: skip
+    config.batch = 64
+    config.learning_rate = 1e-3
+    config.warmup = 1_000
+    config.bit_weight = 4.0
+    config.clip = 1.0
+    config.ema_pairs = 50_000
+    config.log_every = 50
+    config.save_every = 1_000
+    config.evaluate_every = 1_000
+    config.evaluate_pairs = 1_024
+    if switches.tiny:
+        config.network.channels, config.network.blocks = (8,), 1
+        config.network.head, config.network.width = 8, 32
+        config.basis_samples, config.bits, config.batch, config.total_pairs = 1024, 8, 8, 64
+        config.warmup, config.log_every, config.save_every = 2, 1, 4
+        config.evaluate_every, config.evaluate_pairs = 4, 8
+    return config

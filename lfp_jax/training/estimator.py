@@ -1,0 +1,196 @@
+"""Trains the network of the estimator `learned`: the loop, its log, and what it leaves behind.
+
+Data-parallel over the mesh by shardings alone, on one device or on several processes of several:
+each makes its own share of the pairs from their global indices (see `attribution.training`). A
+killed run that resumes equals the uninterrupted one, whatever the number of devices.
+"""
+
+import os
+import time
+from functools import partial
+
+import jax
+import numpy as np
+
+from lfp_jax import basis, generators, sharding
+from lfp_jax.attribution import estimator as estimators
+from lfp_jax.attribution import training
+from lfp_jax.attribution.inversion import Silent
+from lfp_jax.errors import UserError, choose
+from lfp_jax.fingerprint import CODES
+from lfp_jax.logs import MetricLog, Progress, read_lines
+from lfp_jax.report import plots
+from lfp_jax.weights import store
+
+# The first fold of the seed is the basis, as in an experiment; the others lie beyond those that an
+# experiment uses, so that no image of an experiment of the same seed was ever trained on.
+_BASIS, _INIT, _PAIRS, _FRESH = 0, 1000, 1001, 1002
+
+
+def train(
+    *,
+    workdir,
+    generator,
+    total_pairs,
+    basis_samples=50_000,
+    bits=64,
+    shift=None,
+    strength=1.0,
+    code="antipodal",
+    nuisance=None,
+    attacks="paper",
+    network=None,
+    batch=64,
+    learning_rate=1e-3,
+    warmup=1_000,
+    bit_weight=4.0,
+    clip=1.0,
+    ema_pairs=50_000,
+    seed=0,
+    log_every=50,
+    save_every=1_000,
+    evaluate_every=1_000,
+    evaluate_pairs=1_024,
+    devices=None,
+):
+    """Train an estimator on pairs drawn from a generator; goes on where an earlier run stopped.
+
+    With `total_pairs` at or below what the latest checkpoint has seen, no step is made and the log
+    is left alone: the checkpoint is only measured and written as a store.
+
+    Args:
+        workdir: gets checkpoints/, log.jsonl (losses are means since the line before) and, at the
+            end, the averaged network as the store `estimator` in float16, and curve.png.
+        generator: a frozen generator, or what `generators.load` takes.
+        total_pairs: stop after so many pairs.
+        basis_samples, seed: of the basis; an experiment with the same two has the same one.
+        bits, shift, strength, code: the design point.
+        nuisance: leading nuisance directions to estimate; None for all.
+        attacks: a name in `training.CHAINS`.
+        network: options of `estimator.Architecture`; None for its defaults.
+        batch: pairs a step; must divide by the number of devices.
+        learning_rate: of Adam, at its highest: reached in `warmup` steps, zero at the end.
+        bit_weight: of the bits' loss against that of the nuisance.
+        clip: the most that the gradient's norm may be.
+        ema_pairs: half-life of the averaged weights.
+        log_every, save_every, evaluate_every: in steps; the first divides the second.
+        evaluate_pairs: fresh pairs, of each attack, behind a measured bit accuracy.
+        devices: default all devices of all processes.
+
+    Returns:
+        The averaged estimator, as stored.
+
+    Raises:
+        UserError: a setting out of bounds, or a batch that does not divide by the devices.
+    """
+    # --- generator, basis, network ---------------------------------------------------------------
+    mesh = sharding.mesh(devices=devices)
+    chain = choose(attacks, training.CHAINS, "suite of training attacks")
+    choose(code, CODES, "code")
+    _check(mesh, total_pairs, batch, strength, log_every, save_every, evaluate_pairs)
+    fold = partial(jax.random.fold_in, jax.random.key(seed))
+    source = generators.load(generator) if isinstance(generator, str) else generator
+    directions = basis.fit_generator(fold(_BASIS), source, samples=basis_samples)
+    space = basis.split(directions, bits=bits, shift=shift)
+    estimator = estimators.initial(
+        fold(_INIT), source, space, arch=estimators.Architecture(**network or {}),
+        strength=strength, code=code, nuisance=nuisance,
+    )  # fmt: skip
+    steps = -(-total_pairs // batch)
+    hyper = training.Hyperparameters(
+        batch, steps, learning_rate, warmup, bit_weight, clip, ema_pairs, chain
+    )
+
+    # --- state, checkpoints ----------------------------------------------------------------------
+    manager = store.checkpoints(os.path.join(workdir, "checkpoints"))
+    start = manager.latest_step() or 0
+    state = sharding.replicate(mesh, training.initial_state(estimator, hyper))
+    if start:
+        state = store.restore_step(manager, start, like=state)
+    source, space = sharding.replicate(mesh, (source, space))
+    first = jax.process_index() == 0  # of several processes one writes and speaks
+    log = MetricLog(os.path.join(workdir, "log.jsonl")) if first else None
+    take_step = training.make_step(estimator.arch, estimator.design, mesh=mesh, hyper=hyper)
+    measure = partial(
+        _measure, fold(_FRESH), training.make_evaluation(mesh=mesh, batch=batch, chain=chain),
+        chain=chain, batches=-(-evaluate_pairs // batch),
+    )  # fmt: skip
+
+    # --- steps -----------------------------------------------------------------------------------
+    if start < steps and first:
+        log.truncate(start)
+    done, clock, clock_step, window = start, time.monotonic(), start, []
+    line = Progress(max(steps, start) * batch, unit="pairs", label="train", start=start * batch)
+    with line if first else Silent() as progress:
+        for step in range(start, steps):
+            state, metrics = take_step(fold(_PAIRS), state, source, space, np.int32(step))
+            window.append(metrics)
+            done = step + 1
+            last = done == steps
+            if done % log_every == 0 or last:
+                record = _means(window)
+                rate = (done - clock_step) * batch / (time.monotonic() - clock)
+                if first:
+                    log.write(done, pairs=done * batch, **record, pairs_per_second=round(rate, 1))
+                progress.update(done * batch, loss=record["loss"], bits=record["bit_accuracy"])
+                clock, clock_step, window = time.monotonic(), done, []
+            if done % evaluate_every == 0 and not last:
+                found = measure(estimator.replace(params=state.average), source, space)
+                if first:
+                    log.write(done, pairs=done * batch, fresh=found)
+                clock, clock_step = time.monotonic(), done
+            if done % save_every == 0 or last:
+                store.save_step(manager, done, state)
+    manager.close()
+
+    # --- what ships ------------------------------------------------------------------------------
+    params = jax.tree.map(lambda x: np.float32(np.float16(x)), jax.device_get(state.average))
+    estimator = estimator.replace(params=params)
+    found = measure(sharding.replicate(mesh, estimator), source, space)
+    if first:
+        if start < steps:
+            log.write(done, pairs=done * batch, fresh=found)
+        _write(workdir, estimator, found, pairs=done * batch, attacks=attacks, seed=seed)
+    return estimator
+
+
+def _check(mesh, total_pairs, batch, strength, log_every, save_every, evaluate_pairs):
+    counts = {"total_pairs": total_pairs, "batch": batch, "evaluate_pairs": evaluate_pairs}
+    for name, count in counts.items():
+        if count < 1:
+            raise UserError(f"{name} must be >= 1; got {count}.")
+    if batch % mesh.size:
+        raise UserError(f"batch must divide by the devices; got {batch} over {mesh.size}.")
+    if not strength > 0:
+        raise UserError(f"strength must be > 0; got {strength}.")
+    if save_every % log_every:
+        # Else a resumed run would average its first line over fewer steps.
+        raise UserError(
+            f"save_every must be a multiple of log_every; got {save_every} and {log_every}."
+        )
+
+
+def _means(window):
+    """Average the metrics of some steps."""
+    columns = jax.tree.map(lambda *values: np.mean(values, dtype=np.float64), *window)
+    return {name: round(float(value), 6) for name, value in columns.items()}
+
+
+def _measure(key, evaluate, estimator, generator, space, *, chain, batches):
+    """Measure the bit accuracy on fresh pairs under each attack at its harshest, by name."""
+    batch_of = partial(evaluate, key, estimator, generator, space)
+    found = {}
+    for choice, name in enumerate(training.attack_names(chain)):
+        rates = [batch_of(np.int32(i), np.int32(choice))["bit_accuracy"] for i in range(batches)]
+        found[name] = round(float(np.mean(rates, dtype=np.float64)), 5)
+    return found
+
+
+def _write(workdir, estimator, found, **training_facts):
+    path = os.path.join(workdir, "estimator")
+    estimators.save(path, estimator, training={**training_facts, "bit_accuracy": found})
+    plots.estimator_curve(
+        os.path.join(workdir, "curve.png"), read_lines(os.path.join(workdir, "log.jsonl"))
+    )
+    rates = ", ".join(f"{name} {rate:.4f}" for name, rate in found.items())
+    print(f"Estimator after {training_facts['pairs']} pairs, bit accuracy {rates}: {path}/")
