@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lfp_jax.errors import UserError
-from lfp_jax.generators import stylegan2, zoo
-from lfp_jax.weights import store
+from lfp_jax.generators import assemble, ldm, stylegan2, zoo
+from lfp_jax.weights import ldm as ldm_files
+from lfp_jax.weights import pickles, safetensors, store
 from lfp_jax.weights import stylegan2 as stylegan2_files
 
 
@@ -17,8 +18,9 @@ def load(source, *, hparams=None, ema=True):
 
     Args:
         source: a name in the zoo, a folder made by `convert`, or a foreign checkpoint
-            (rosinality `.pt`, NVlabs `.pkl`).
-        hparams: what the file itself cannot tell, e.g. {"mapping_lr": 0.01}.
+            (rosinality `.pt`, NVlabs `.pkl`, CompVis `.ckpt`, a diffusers folder).
+        hparams: what the file itself cannot tell, e.g. {"mapping_lr": 0.01}; for CompVis the
+            hyperparameters of the networks, by default those of the YAML file beside it.
         ema: take the averaged weights (the default) or the raw ones.
 
     Returns:
@@ -31,16 +33,29 @@ def load(source, *, hparams=None, ema=True):
     if store.is_store(path):
         tree, metadata = store.load(path)
         return _from_store(tree, metadata)
-    return _from_checkpoint(stylegan2_files.read(path, hparams=hparams, ema=ema), path)
+    return _from_checkpoint(_read(path, hparams=hparams, ema=ema), path)
+
+
+def _read(path, *, hparams, ema):
+    """Read a foreign file, of which kind it may be."""
+    options = {"hparams": hparams, "ema": ema}
+    if os.path.isdir(path) or safetensors.is_safetensors(path):
+        return ldm_files.read(path, **options)
+    content = pickles.read(path)
+    source = ldm_files if ldm_files.holds(content) else stylegan2_files
+    return source.convert(content, path, **options)
 
 
 def _from_checkpoint(checkpoint, path):
+    name = os.path.basename(os.path.normpath(path))
+    if isinstance(checkpoint, ldm_files.Checkpoint):
+        return assemble.from_checkpoint(checkpoint, name=name)
     if checkpoint.generator is None:
         raise UserError(f"'{path}' holds no generator.")
     arch = _architecture(stylegan2.Architecture, checkpoint.generator_hparams)
     return _build(
         checkpoint.generator, checkpoint.w_avg, checkpoint.noise, arch,
-        name=os.path.basename(path), sha256=checkpoint.sha256,
+        name=name, sha256=checkpoint.sha256,
     )  # fmt: skip
 
 
@@ -57,19 +72,20 @@ def load_discriminator(path):
     return stylegan2.Discriminator(_to_jax(checkpoint.discriminator), arch)
 
 
-def convert(source, target):
+def convert(source, target, *, hparams=None, ema=True):
     """Convert a foreign checkpoint into the native store.
 
     Args:
-        source: rosinality `.pt` or NVlabs `.pkl`.
+        source: what `load` takes, but no store.
         target: the folder to write; loading it needs no converter.
+        hparams, ema: as `load`.
 
     Raises:
         UserError: a source that cannot be read, or a target that exists and is no store.
     """
     if os.path.exists(target) and not store.is_store(target):
         raise UserError(f"'{target}' exists and is no weight store; it is left as it is.")
-    checkpoint = stylegan2_files.read(source)
+    checkpoint = _read(source, hparams=hparams, ema=ema)
     generator = _from_checkpoint(checkpoint, source)
     save(
         target, generator, source_format=checkpoint.source, licence=zoo.LICENCES[checkpoint.source]
@@ -77,35 +93,44 @@ def convert(source, target):
 
 
 def save(target, generator, *, source_format, licence, dtype=np.float32, **more):
-    """Write a StyleGAN2 as a native store.
+    """Write a generator as a native store.
 
     Args:
         target: the folder to make.
         source_format: where the weights come from, e.g. "rosinality".
         licence: one line on what the weights may be used for.
-        dtype: stored type of the networks' weights; w_avg and noise stay float32.
+        dtype: stored type of the networks' weights; the rest stays float32.
         **more: further metadata, e.g. of the training; JSON values.
     """
+    is_ldm = isinstance(generator, ldm.LatentDiffusion)
+    tree, architecture = (assemble.to_tree if is_ldm else _to_tree)(generator, dtype=dtype)
+    metadata = {
+        "kind": "ldm" if is_ldm else "stylegan2",
+        "name": generator.name,
+        "source_format": source_format,
+        "sha256": generator.sha256,
+        "licence": licence,
+        **architecture,
+        **more,
+    }
+    store.save(target, tree, metadata)
+
+
+def _to_tree(generator, *, dtype):
+    """Give what a store keeps of a StyleGAN2: arrays, and metadata of the architecture."""
     networks = {"mapping": generator.mapping, "synthesis": generator.synthesis}
     tree = {
         **{k: _cast(v, dtype) for k, v in networks.items()},
         "w_avg": np.asarray(generator.w_avg),
         "noise": {f"{i:02d}": np.asarray(m) for i, m in enumerate(generator.noise)},
     }
-    metadata = {
-        "kind": "stylegan2",
-        "name": generator.name,
-        "source_format": source_format,
-        "sha256": generator.sha256,
-        "licence": licence,
-        "resolution": generator.arch.resolution,
-        "architecture": dataclasses.asdict(generator.arch),
-        **more,
-    }
-    store.save(target, tree, metadata)
+    arch = generator.arch
+    return tree, {"resolution": arch.resolution, "architecture": dataclasses.asdict(arch)}
 
 
 def _from_store(tree, metadata):
+    if metadata.get("kind") == "ldm":
+        return assemble.from_tree(tree, metadata)
     if metadata.get("kind") != "stylegan2":
         raise UserError(f"A store of kind '{metadata.get('kind')}' holds no generator.")
     arch = _architecture(stylegan2.Architecture, metadata["architecture"])

@@ -10,6 +10,8 @@ _ASSETS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "assets")
 LICENCES = {
     "rosinality": "code MIT; weights as their author states, FFHQ-trained: CC BY-NC-SA 4.0 data",
     "nvlabs": "NVIDIA Source Code License, non-commercial",
+    "compvis": "code MIT; weights as their author states, Stable Diffusion: CreativeML OpenRAIL-M",
+    "diffusers": "as the model card states",
 }
 
 _BUNDLED = {"stylegan2-demo": os.path.join(_ASSETS, "stylegan2-demo")}

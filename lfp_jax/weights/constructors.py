@@ -16,7 +16,7 @@ from lfp_jax.weights.machine import Attributes, Constructor, Invalid, Opaque, sh
 _MAX_DIMENSIONS = 32
 _MAX_EXPANDED = 2**20  # elements of a view that shows its storage's elements many times
 
-_DTYPES = {
+DTYPES = {
     "float64": np.float64,
     "float32": np.float32,
     "float16": np.float16,
@@ -276,9 +276,9 @@ class Constructors:
 
 
 def _torch(load_bytes):
-    table = {f"torch.{name}": np.dtype(dtype) for name, dtype in _DTYPES.items()}
+    table = {f"torch.{name}": np.dtype(dtype) for name, dtype in DTYPES.items()}
     for name, dtype in _STORAGES.items():
-        kind = StorageType(np.dtype(_DTYPES[dtype]))
+        kind = StorageType(np.dtype(DTYPES[dtype]))
         table |= {f"torch.{name}": kind, f"torch.cuda.{name}": kind, f"torch.storage.{name}": kind}
     return table | {
         "torch._utils._rebuild_tensor": Constructor(tensor),

@@ -46,7 +46,11 @@ def read(path, *, hparams=None, ema=True):
         UserError: the file is missing, damaged, hostile or another architecture; a tensor is
             missing, unknown or of another shape; an unknown hyperparameter.
     """
-    content = pickles.read(path)
+    return convert(pickles.read(path), path, hparams=hparams, ema=ema)
+
+
+def convert(content, path, *, hparams=None, ema=True):
+    """Turn the content of a StyleGAN2 checkpoint into a Checkpoint; see `read`."""
     if not isinstance(content, dict):
         raise UserError(f"'{path}' holds no StyleGAN2 but a {type(content).__name__}.")
     source, keys, parts = _parts(content, path)

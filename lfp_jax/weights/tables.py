@@ -27,13 +27,14 @@ class Row(NamedTuple):
     turn: Callable = np.asarray
 
 
-def convert(tensors, rows, *, what):
+def convert(tensors, rows, *, what, model="StyleGAN2"):
     """Turn tensors into a tree by a table.
 
     Args:
         tensors: dict from name to array.
-        rows: list of Row.
+        rows: list of Row; a tensor may have several, for parts of it.
         what: the part of the file, for messages.
+        model: what the tensors make, for messages.
 
     Returns:
         Nested dict of float32 arrays.
@@ -43,11 +44,11 @@ def convert(tensors, rows, *, what):
     """
     missing = [row.name for row in rows if row.name not in tensors]
     if missing:
-        raise UserError(f"{what} lacks tensors that a StyleGAN2 needs: {_some(missing)}.")
+        raise UserError(f"{what} lacks tensors that a {model} needs: {some(missing)}.")
     known = {row.name for row in rows}
     unknown = [name for name in tensors if name not in known]
     if unknown:
-        raise UserError(f"{what} has tensors with no place in a StyleGAN2: {_some(unknown)}.")
+        raise UserError(f"{what} has tensors with no place in a {model}: {some(unknown)}.")
     tree = {}
     for row in rows:
         value = _checked(tensors[row.name], row, what)
@@ -73,7 +74,8 @@ def _put(tree, parts, value):
     tree[parts[-1]] = np.ascontiguousarray(value, np.float32).reshape(value.shape)
 
 
-def _some(names):
+def some(names):
+    """List the first names of many, for a message."""
     shown = ", ".join(f"'{show(name)}'" for name in names[:_NAMES_SHOWN])
     rest = len(names) - _NAMES_SHOWN
     return shown + (f" and {rest} more" if rest > 0 else "")
@@ -84,7 +86,7 @@ def size(tensors, name, axis, *, what, dims):
     if name not in tensors:
         raise UserError(
             f"{what} lacks '{name}', which a StyleGAN2 needs; "
-            f"it has: {_some(list(tensors)) or 'nothing'}."
+            f"it has: {some(list(tensors)) or 'nothing'}."
         )
     found = tensors[name].ndim if isinstance(tensors[name], np.ndarray) else "no"
     if found != dims:
