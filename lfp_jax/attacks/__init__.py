@@ -7,6 +7,7 @@ published tables, with the values of the cited code. The image size stays.
 
 import dataclasses
 import inspect
+import numbers
 
 import jax
 
@@ -15,7 +16,6 @@ from lfp_jax.attacks.degradation import blur, median, noise, salt_and_pepper
 from lfp_jax.attacks.geometric import crop, flip, perspective, resize, rotate, translate
 from lfp_jax.attacks.jpeg import jpeg, jpeg_approximate
 from lfp_jax.attacks.occlusion import erase, text
-from lfp_jax.attacks.operation import Operation
 from lfp_jax.attacks.operation import Uniform as Uniform
 from lfp_jax.attacks.photometric import brightness, contrast, greyscale, hue, saturation, sharpness
 from lfp_jax.errors import UserError, choose, did_you_mean
@@ -91,9 +91,7 @@ def apply(key, images, attack, *, start=0):
     """
     images = files.from_uint8(files.to_uint8(images))
     for index, (name, options) in enumerate(attack.steps):
-        function = FUNCTIONS[name]
-        place = {"start": start, "step": index} if isinstance(function, Operation) else {}
-        images = function(key, images, **place, **dict(options))
+        images = FUNCTIONS[name](key, images, start=start, step=index, **dict(options))
     return files.from_uint8(files.to_uint8(images))
 
 
@@ -112,13 +110,14 @@ def _options(name, given):
     """Check the options of one step; strengths become floats. ((option, value), ...)"""
     function = choose(name, FUNCTIONS, "attack")
     spec = inspect.getfullargspec(getattr(function, "one", function))
+    known = [option for option in spec.kwonlyargs if option not in ("start", "step")]
     for option in given:
-        if option not in spec.kwonlyargs:
-            raise UserError(did_you_mean(option, spec.kwonlyargs, f"option of attack '{name}':"))
-    missing = set(spec.kwonlyargs) - set(given) - set(spec.kwonlydefaults or ())
+        if option not in known:
+            raise UserError(did_you_mean(option, known, f"option of attack '{name}':"))
+    missing = set(known) - set(given) - set(spec.kwonlydefaults or ())
     if missing:
         raise UserError(f"Attack '{name}' needs a value of {', '.join(sorted(missing))}.")
-    bounds = getattr(function, "bounds", {})
+    bounds = function.bounds
     return tuple(
         (option, _strength(name, option, value, bounds[option]) if option in bounds else value)
         for option, value in given.items()
@@ -129,7 +128,7 @@ def _strength(name, option, value, bounds):
     """Check a number, a pair of them, or a `Uniform`, against (least, most)."""
     leaves, form = jax.tree.flatten(value)
     low, high = bounds
-    if not all(low <= leaf <= high for leaf in leaves):
+    if not all(isinstance(leaf, numbers.Real) and low <= leaf <= high for leaf in leaves):
         raise UserError(f"{option} of '{name}' must be in {low:g} .. {high:g}; got {value}.")
     return jax.tree.unflatten(form, map(float, leaves))
 

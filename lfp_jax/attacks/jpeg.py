@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lfp_jax import images as files
-from lfp_jax.attacks.operation import floor_through, operation, round_through
+from lfp_jax.attacks.operation import draw, floor_through, operation, round_through
 from lfp_jax.errors import UserError, choose
 
 # ITU-T T.81, tables K.1 and K.2.
@@ -29,7 +29,6 @@ _CHROMA = np.full((8, 8), 99)
 _CHROMA[:4, :4] = [[17, 18, 24, 47], [18, 21, 26, 66], [24, 26, 56, 99], [47, 66, 99, 99]]
 
 _SUBSAMPLING = {"4:4:4": (1, 1), "4:2:2": (1, 2), "4:2:0": (2, 2)}  # rows, columns
-_QUALITY = (1, 100)
 
 _FREQUENCY = np.arange(8)[:, None]
 _DCT = np.cos(np.pi / 8 * _FREQUENCY * (np.arange(8)[None] + 0.5)) * 0.5  # [frequency, sample]
@@ -37,14 +36,16 @@ _DCT[0] *= 0.5**0.5
 _DCT = _DCT.astype(np.float32)
 
 
-def jpeg(key, images, *, quality, subsampling="4:2:0"):
+def jpeg(key, images, *, quality, subsampling="4:2:0", start=0, step=0):
     """Send images through a real JPEG encoder and decoder (Pillow), on the host.
 
     Args:
-        key: not used.
+        key: PRNG key, of use where the quality is a `Uniform`.
         images: [n, H, W, 1 or 3] in [-1, 1]; rounded to 8 bits first.
-        quality: libjpeg's, 1 to 100.
+        quality: libjpeg's, 1 to 100, rounded; one number, [n], or a `Uniform`.
         subsampling: of chroma: "4:4:4", "4:2:2" or "4:2:0".
+        start: global index of the first image.
+        step: position of this attack in a sequence of several.
 
     Returns:
         float32 NumPy array of the same shape.
@@ -52,15 +53,24 @@ def jpeg(key, images, *, quality, subsampling="4:2:0"):
     Raises:
         UserError: quality out of range, or an unknown subsampling.
     """
-    if not _QUALITY[0] <= quality <= _QUALITY[1]:
-        raise UserError(f"JPEG quality must be in 1 .. 100; got {quality}.")
     choose(subsampling, _SUBSAMPLING, "subsampling")
     u8 = files.to_uint8(images)
-    coded = [files.encode_jpeg(x, quality=int(quality), subsampling=subsampling) for x in u8]
+    _, options = draw(key, {"quality": quality}, count=len(u8), start=start, step=step)
+    qualities = np.broadcast_to(np.rint(options["quality"]).astype(int), len(u8))
+    low, high = jpeg.bounds["quality"]
+    if np.any((qualities < low) | (qualities > high)):
+        raise UserError(f"JPEG quality must be in {low} .. {high}; got {quality}.")
+    coded = [
+        files.encode_jpeg(image, quality=int(q), subsampling=subsampling)
+        for image, q in zip(u8, qualities, strict=True)
+    ]
     return files.from_uint8(np.reshape([files.decode_jpeg(data) for data in coded], u8.shape))
 
 
-@operation(quality=_QUALITY)
+jpeg.bounds = {"quality": (1, 100)}
+
+
+@operation(**jpeg.bounds)
 def jpeg_approximate(key, image, *, quality, subsampling="4:2:0", rounding="straight"):
     """Compute what JPEG makes of an image, differentiably.
 

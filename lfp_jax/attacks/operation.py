@@ -58,10 +58,7 @@ class Operation:
             step: position of this attack in a sequence of several.
             **options: of the formula. A strength may be one number, [n], or a `Uniform`.
         """
-        keys, draws = _image_keys(key, start, step, count=len(images))
-        random = {name: v for name, v in options.items() if isinstance(v, Uniform)}
-        if random:
-            options = options | _draw(draws, random)
+        keys, options = draw(key, options, count=len(images), start=start, step=step)
         return self._compiled(keys, images, **options)
 
     def _each(self, keys, images, **options):
@@ -77,6 +74,26 @@ class Operation:
 def operation(**bounds):
     """Decorate a formula for one image; `name=(least, most)` bounds each of its strengths."""
     return functools.partial(Operation, bounds=bounds)
+
+
+def draw(key, options, *, count, start, step):
+    """Give every image its key, and its own strength where an option is a `Uniform`.
+
+    Keys are drawn apart from the attacks: one small program, instead of a part of each of them.
+
+    Args:
+        key: PRNG key.
+        options: of an attack.
+        count: n, how many images.
+        start: global index of the first.
+        step: position of the attack in a sequence.
+
+    Returns:
+        keys [n], and the options with an array [n] in place of each `Uniform`.
+    """
+    keys, draws = _image_keys(key, start, step, count=count)
+    random = {name: value for name, value in options.items() if isinstance(value, Uniform)}
+    return keys, options | _draw(draws, random) if random else options
 
 
 @functools.partial(jax.jit, static_argnames="count")

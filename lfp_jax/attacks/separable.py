@@ -58,5 +58,11 @@ def shrink_and_enlarge(size, *, scale):
 
 
 def _interpolate(places, size):
-    """Matrix that reads an axis at fractional places [size], linearly."""
-    return jnp.maximum(1.0 - jnp.abs(places[:, None] - jnp.arange(size)[None]), 0.0)
+    """Matrix that reads an axis at fractional places [size], linearly.
+
+    Weights of two neighbours that add up to 1, so that slopes are right on whole pixels too.
+    """
+    lower = jnp.clip(jnp.floor(places), 0, max(size - 2, 0))
+    share = (places - lower)[:, None]
+    steps = jnp.arange(size)[None] - lower[:, None]
+    return jnp.where(steps == 0, 1.0 - share, 0.0) + jnp.where(steps == 1, share, 0.0)
