@@ -79,6 +79,14 @@ def test_crop_on_whole_pixels():
     _assert_near(_attacked("crop", keep=0.8), np.array(theirs), most=1)
 
 
+@pytest.mark.parametrize("keep", [0.0, 0.1])
+def test_crop_to_less_than_a_pixel_reads_pixels(keep):
+    small = jnp.asarray(FLOATS[:3, :2])
+    for seed in range(3):
+        one = attacks.crop.one(jax.random.key(seed), small, keep=keep, random=True)
+        assert small.min() - 1e-6 <= one.min() <= one.max() <= small.max() + 1e-6
+
+
 def test_crop_by_a_pair_keeps_the_full_height():
     ramp = np.broadcast_to(np.arange(0, 250, 5, dtype=np.uint8)[:, None, None], PHOTO.shape)
     ours = _attacked("crop", u8=ramp, keep=(1.0, 0.75), random=True)

@@ -39,7 +39,8 @@ def crop(size, *, start, length):
     window is not looked at.
     """
     centres = start - 0.5 + (jnp.arange(size) + 0.5) * (length / size)
-    return _interpolate(jnp.clip(centres, start, start + length - 1.0), size)
+    last = jnp.maximum(start + length - 1.0, start)  # a window of less than a pixel is a pixel
+    return _interpolate(jnp.clip(centres, start, last), size)
 
 
 def shrink_and_enlarge(size, *, scale):
@@ -64,5 +65,6 @@ def _interpolate(places, size):
     """
     lower = jnp.clip(jnp.floor(places), 0, max(size - 2, 0))
     share = (places - lower)[:, None]
+    share = jnp.where(share > 1.0, 1.0, share)  # beyond the last pixel
     steps = jnp.arange(size)[None] - lower[:, None]
     return jnp.where(steps == 0, 1.0 - share, 0.0) + jnp.where(steps == 1, share, 0.0)
