@@ -302,6 +302,7 @@ def unet(given, *, tensors, prefix, what, size):
     up = [_attends(r, c, d, up=True) for c, d in zip(channels, depth, strict=True)]
     how = "conv" if r.get("conv_resample", level["conv"], kind=bool) else "pool"
     how = "block" if r.get("resblock_updown", False, kind=bool) else how
+    scale_shift = r.size("input_blocks.1.0.emb_layers.1.weight", 0) == 2 * channels[0]
     sizes = {
         "size": r.get("image_size", size),
         "in_channels": r.get("in_channels", r.size("input_blocks.0.0.weight", 1)),
@@ -321,7 +322,7 @@ def unet(given, *, tensors, prefix, what, size):
         "embed_dim": 4 * stem,
         "context_dim": context,
         "classes": r.given.get("num_classes") or r.size("label_emb.weight", 0) or 0,
-        "scale_shift": r.get("use_scale_shift_norm", level["scale_shift"], kind=bool),
+        "scale_shift": r.get("use_scale_shift_norm", scale_shift, kind=bool),
         "groups": GROUPS,
         "middle_groups": GROUPS,
     }
@@ -343,7 +344,6 @@ def _levels_by_hparams(r, stem):
         "blocks": tuple(_checked("num_res_blocks", b, int) for b in blocks),
         "attends": [2**i in wanted for i in range(len(mult))],
         "conv": True,
-        "scale_shift": False,
     }
 
 
@@ -367,13 +367,11 @@ def _levels_by_tensors(r):
         blocks[-1] += 1
     if not channels:
         raise UserError(f"{r.what} lacks '{r.prefix}input_blocks.1.0.out_layers.3.weight'.")
-    scale_shift = r.size("input_blocks.1.0.emb_layers.1.weight", 0) == 2 * channels[0]
     return {
         "channels": tuple(channels),
         "blocks": tuple(blocks),
         "attends": attends,
         "conv": not gaps,
-        "scale_shift": scale_shift,
     }
 
 
@@ -383,7 +381,8 @@ def _transformer(r, levels):
     found = r.highest(r"middle_block\.1\.transformer_blocks\.(\d{1,6})\..+") + 1
     depth = r.get("transformer_depth", found or 1)
     context = r.given.get("context_dim")
-    context = context[0] if isinstance(context, list | tuple) and len(context) == 1 else context
+    if isinstance(context, list | tuple) and len(set(context)) == 1:
+        context = context[0]  # one a transformer block
     if context is None:
         context = r.get("context_dim", r.size(f"{place}.0.attn2.to_k.weight", 1))
     return (depth,) * levels, _checked("context_dim", context, int)

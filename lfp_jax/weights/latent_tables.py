@@ -120,9 +120,9 @@ def decoder(sizes):
         width = channels[i]
         if i and sizes["resample_conv"]:
             layers.append(Layer("conv", f"up{i}/resample", width, width))
-    if not sizes["give_pre_end"]:
-        layers.append(Layer("norm", "norm_out", width, width))
-        layers.append(Layer("conv", "conv_out", width, sizes["out_channels"]))
+    # A file has the last two even where give_pre_end leaves them unused.
+    layers.append(Layer("norm", "norm_out", width, width))
+    layers.append(Layer("conv", "conv_out", width, sizes["out_channels"]))
     return layers
 
 
