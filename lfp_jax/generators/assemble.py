@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lfp_jax.generators import diffusion, first_stage, ldm, unet
-from lfp_jax.weights import compvis
+from lfp_jax.weights import compvis, hyperparameters
 from lfp_jax.weights import ldm as files
 
 _SCHEDULE = (
@@ -85,7 +85,7 @@ def random_latent_diffusion(key, hparams):
     Raises:
         UserError: a hyperparameter is missing or impossible.
     """
-    parts = compvis.sections(hparams)
+    parts = hyperparameters.sections(hparams)
     size, what = parts["diffusion"]["image_size"], "The model"
     unet_sizes, first_sizes = None, None
     none = {"tensors": {}, "prefix": "", "what": what}

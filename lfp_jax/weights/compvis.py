@@ -1,171 +1,15 @@
-"""CompVis latent-diffusion checkpoints: their hyperparameters, and their names of layers.
+"""CompVis latent-diffusion checkpoints: the sizes of their networks, and their names of layers.
 
-Hyperparameters come as the original's YAML gives them, or flat ({"unet": ..., "first_stage": ...});
-what they leave out is read off the tensors where these can tell. Defaults are the original's.
+What the hyperparameters leave out is read off the tensors where these can tell. Defaults are the
+original's.
 """
 
-import difflib
 import re
 
-import numpy as np
-
 from lfp_jax.errors import UserError, did_you_mean
-from lfp_jax.weights import tables
+from lfp_jax.weights.hyperparameters import Reader, checked, divisible
 
 GROUPS = 32  # of every group norm
-_FIRST_STAGE = ("embed_dim", "n_embed", "ddconfig")
-_DDCONFIG = (
-    "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "resolution", "in_channels", "out_ch",
-    "z_channels", "double_z", "dropout", "resamp_with_conv", "attn_type", "use_linear_attn",
-    "tanh_out", "give_pre_end",
-)  # fmt: skip
-_UNET = (
-    "image_size", "in_channels", "out_channels", "model_channels", "num_res_blocks",
-    "attention_resolutions", "channel_mult", "conv_resample", "num_classes", "num_heads",
-    "num_head_channels", "num_heads_upsample", "use_scale_shift_norm", "resblock_updown",
-    "use_new_attention_order", "use_spatial_transformer", "transformer_depth", "context_dim",
-    "legacy",
-)  # fmt: skip
-# What changes nothing here: training, precision, and where a matrix is stored as a kernel.
-_UNET_IGNORED = ("dropout", "use_checkpoint", "use_fp16", "use_bf16", "use_linear_in_transformer")
-# What would change the network, with the only value that is supported.
-_UNET_FIXED = {
-    "dims": 2, "n_embed": None, "disable_self_attentions": None, "num_attention_blocks": None,
-    "disable_middle_self_attn": False, "adm_in_channels": None,
-}  # fmt: skip
-DIFFUSION = {
-    "beta_schedule": "linear", "linear_start": 1e-4, "linear_end": 2e-2, "cosine_s": 8e-3,
-    "timesteps": 1000, "parameterization": "eps", "scale_factor": 1.0, "scale_by_std": False,
-    "image_size": None,
-}  # fmt: skip
-_TOP = (
-    *_FIRST_STAGE, *DIFFUSION, "model", "unet", "first_stage", "unet_config", "first_stage_config",
-    "use_ema",
-)  # fmt: skip
-
-
-def sections(hparams):
-    """Sort hyperparameters of any supported form.
-
-    Args:
-        hparams: a dict: the original's YAML, its model.params, or flat; one network's alone too.
-
-    Returns:
-        {"unet": dict, "first_stage": dict, "diffusion": dict}; a part not spoken of is empty.
-
-    Raises:
-        UserError: a part is no dict, or an entry looks like a mistyped one.
-    """
-    top = _dict(hparams, "hparams")
-    for outer in ("model", "params"):
-        top = _dict(top[outer], outer) if outer in top else top
-    unet = _params(top, "unet", "unet_config")
-    first = _params(top, "first_stage", "first_stage_config")
-    if "model_channels" in top:
-        unet = {key: top[key] for key in top if key in _UNET + _UNET_IGNORED or key in _UNET_FIXED}
-    elif "ddconfig" in top:
-        first = {key: top[key] for key in _FIRST_STAGE if key in top}
-    else:
-        _refuse_near_misses(top, _TOP)
-    _check_unet(unet)
-    _refuse_near_misses(_dict(first.get("ddconfig", {}), "ddconfig"), _DDCONFIG)
-    given = {key: top[key] for key in DIFFUSION if top.get(key) is not None}
-    if "model_channels" in top:
-        given.pop("image_size", None)
-    return {"unet": unet, "first_stage": first, "diffusion": DIFFUSION | given}
-
-
-def _dict(value, name):
-    if not isinstance(value, dict):
-        raise UserError(f"'{name}' must be a dict of hyperparameters; got {value!r:.80}.")
-    return value
-
-
-def _params(top, name, original):
-    found = top[name] if name in top else top.get(original, {})
-    found = _dict(found, name)
-    return _dict(found["params"], name) if "params" in found else found
-
-
-def _refuse_near_misses(given, known):
-    # The original's files have many entries for training: only what looks mistyped is an error.
-    for key in given:
-        if key not in known and difflib.get_close_matches(str(key), known, n=1, cutoff=0.85):
-            raise UserError(did_you_mean(key, list(known), "hyperparameter"))
-
-
-def _check_unet(unet):
-    for key, value in unet.items():
-        if key in _UNET_FIXED:
-            if value != _UNET_FIXED[key]:
-                raise UserError(
-                    f"The UNet option {key}={value!r:.80} is not supported, only "
-                    f"{_UNET_FIXED[key]}."
-                )
-        elif key not in _UNET + _UNET_IGNORED:
-            raise UserError(did_you_mean(key, list(_UNET), "hyperparameter of the UNet"))
-
-
-class _Reader:
-    """Hyperparameters as given, with what the tensors tell where they are silent."""
-
-    def __init__(self, given, tensors, prefix, what):
-        self.given, self.tensors, self.prefix, self.what = given, tensors, prefix, what
-
-    def has(self, *names):
-        """Tell whether the file has a tensor whose name starts with one of these."""
-        wanted = tuple(self.prefix + name for name in names)
-        return any(name.startswith(wanted) for name in self.tensors)
-
-    def size(self, name, axis):
-        """Return one size of a tensor, or None without it."""
-        found = self.tensors.get(self.prefix + name)
-        if not isinstance(found, np.ndarray) or found.ndim <= axis:
-            return None
-        return found.shape[axis]
-
-    def highest(self, pattern):
-        """Return the highest number that a pattern finds in the names, or -1."""
-        return tables.highest(self.tensors, re.escape(self.prefix) + pattern, what=self.what)
-
-    def get(self, key, inferred, *, kind=int):
-        """Return a hyperparameter: as given, else as inferred.
-
-        Raises:
-            UserError: it is of another kind, or neither given nor in the tensors.
-        """
-        value = self.given.get(key)
-        value = inferred if value is None else value
-        if value is None:
-            raise UserError(
-                f"{self.what} does not tell '{key}': give it by hparams, or in the model's YAML "
-                "file beside the checkpoint."
-            )
-        return _checked(key, value, kind)
-
-    def sizes(self, key, inferred):
-        """Return a list of whole numbers as a tuple."""
-        value = self.given.get(key)
-        value = inferred if value is None else value
-        if value is None:
-            return self.get(key, None)
-        if not isinstance(value, list | tuple):
-            raise UserError(f"'{key}' must be a list of numbers; got {value!r:.80}.")
-        return tuple(_checked(key, item, int) for item in value)
-
-
-def _checked(key, value, kind):
-    good = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    if not good or (kind is int and value < 1):
-        wanted = {int: "a whole number from 1", bool: "True or False", str: "a name"}[kind]
-        raise UserError(f"'{key}' must be {wanted}; got {value!r:.80}.")
-    return value
-
-
-def _divisible(what, widths, groups=GROUPS):
-    for width in widths:
-        if width % groups:
-            raise UserError(f"{what}: {width} channels do not divide into {groups} groups.")
 
 
 def first_stage(given, *, tensors, prefix, what, size):
@@ -181,8 +25,8 @@ def first_stage(given, *, tensors, prefix, what, size):
     Raises:
         UserError: a size that is neither given nor in the tensors, or is impossible.
     """
-    outer = _Reader(given, tensors, prefix, what)
-    dd = _Reader(given.get("ddconfig", {}), tensors, prefix, what)
+    outer = Reader(given, tensors, prefix, what)
+    dd = Reader(given.get("ddconfig", {}), tensors, prefix, what)
     is_vq = outer.has("quantize.") if tensors else "n_embed" in given
     stem, channels = _widths(dd)
     factor = 2 ** (len(channels) - 1)
@@ -196,7 +40,7 @@ def first_stage(given, *, tensors, prefix, what, size):
     if dd.get("double_z", not is_vq, kind=bool) == is_vq:
         raise UserError(f"{what}: double_z must be {not is_vq} for a {'VQ' if is_vq else 'KL'}.")
     if attention == "vanilla":
-        _divisible(what, channels)
+        divisible(what, channels, groups=GROUPS)
     down, up = _attention_levels(dd, resolution, len(channels))
     attends = attention != "none"
     return {
@@ -290,12 +134,12 @@ def unet(given, *, tensors, prefix, what, size):
     Raises:
         UserError: a size that is neither given nor in the tensors, or is impossible.
     """
-    r = _Reader(given, tensors, prefix, what)
+    r = Reader(given, tensors, prefix, what)
     stem = r.get("model_channels", r.size("input_blocks.0.0.weight", 0))
     told = all(given.get(k) is not None for k in ("num_res_blocks", "attention_resolutions"))
     level = _levels_by_hparams(r, stem) if told or not tensors else _levels_by_tensors(r)
     channels = level["channels"]
-    _divisible(what, (stem, *channels))
+    divisible(what, (stem, *channels), groups=GROUPS)
     transformer = r.get("use_spatial_transformer", r.has("middle_block.1.proj_in."), kind=bool)
     depth, context = _transformer(r, len(channels)) if transformer else ((0,) * len(channels), 0)
     down = [_attends(r, c, d, up=False) for c, d in zip(channels, depth, strict=True)]
@@ -321,7 +165,7 @@ def unet(given, *, tensors, prefix, what, size):
         "up_resample": (how,) * (len(channels) - 1),
         "embed_dim": 4 * stem,
         "context_dim": context,
-        "classes": r.given.get("num_classes") or r.size("label_emb.weight", 0) or 0,
+        "classes": r.get("num_classes", r.size("label_emb.weight", 0) or 0, low=0),
         "scale_shift": r.get("use_scale_shift_norm", scale_shift, kind=bool),
         "groups": GROUPS,
         "middle_groups": GROUPS,
@@ -341,7 +185,7 @@ def _levels_by_hparams(r, stem):
     wanted = r.sizes("attention_resolutions", None)
     return {
         "channels": tuple(stem * m for m in mult),
-        "blocks": tuple(_checked("num_res_blocks", b, int) for b in blocks),
+        "blocks": tuple(checked("num_res_blocks", b, int) for b in blocks),
         "attends": [2**i in wanted for i in range(len(mult))],
         "conv": True,
     }
@@ -385,7 +229,7 @@ def _transformer(r, levels):
         context = context[0]  # one a transformer block
     if context is None:
         context = r.get("context_dim", r.size(f"{place}.0.attn2.to_k.weight", 1))
-    return (depth,) * levels, _checked("context_dim", context, int)
+    return (depth,) * levels, checked("context_dim", context, int)
 
 
 def _attends(r, width, depth, *, up):
@@ -400,9 +244,9 @@ def _attends(r, width, depth, *, up):
         upsample = r.given.get("num_heads_upsample", -1)
         if up and upsample != -1 and not depth and r.get("legacy", True, kind=bool):
             heads = upsample
-        heads = _checked("num_heads", heads, int)
+        heads = checked("num_heads", heads, int)
     else:
-        heads = width // _checked("num_head_channels", head_dim, int)
+        heads = width // checked("num_head_channels", head_dim, int)
     if not heads or width % heads:
         raise UserError(f"{r.what}: {width} channels do not divide into {heads} heads.")
     return heads, width // heads, depth

@@ -7,6 +7,7 @@ is an error that names the entry.
 import re
 
 from lfp_jax.errors import UserError, did_you_mean
+from lfp_jax.weights.hyperparameters import divisible
 from lfp_jax.weights.latent_tables import DIFFUSERS, DIFFUSERS_OLD
 
 FIRST_STAGES = ("VQModel", "AutoencoderKL")
@@ -124,7 +125,7 @@ def first_stage(config, *, what):
     if not len(down_kinds) == len(up_kinds) == levels:
         c.fail("block_out_channels", "as many as there are blocks up and down")
     groups, latent = c.number("norm_num_groups", 32), c.number("latent_channels", 3 + (not is_vq))
-    _divisible(what, channels, groups)
+    divisible(what, channels, groups=groups)
     return {
         "kind": "vq" if is_vq else "kl",
         "resolution": c.number("sample_size", 32) if not _pair(config) else _pair(config),
@@ -155,12 +156,6 @@ def _pair(config):
     if isinstance(size, list | tuple) and len(size) == 2 and size[0] == size[1]:
         return size[0]
     return None
-
-
-def _divisible(what, widths, groups):
-    for width in widths:
-        if width % groups:
-            raise UserError(f"{what}: {width} channels do not divide into {groups} groups.")
 
 
 def scaling(config, *, what):
@@ -224,7 +219,7 @@ def unet(config, *, what):
     if not len(down_kinds) == len(up_kinds) == levels:
         c.fail("block_out_channels", "as many as there are blocks up and down")
     groups = c.number("norm_num_groups", 32)
-    _divisible(what, channels, groups)
+    divisible(what, channels, groups=groups)
     heads = _heads(c, channels, conditional)
     down = [heads[i][_DOWN[kind]] for i, kind in enumerate(down_kinds)]
     up = [heads[i][_UP[kind]] for i, kind in enumerate(up_kinds)]

@@ -12,10 +12,17 @@ import re
 from dataclasses import dataclass, field
 
 import numpy as np
-import yaml
 
 from lfp_jax.errors import UserError
-from lfp_jax.weights import compvis, diffusers, latent_tables, pickles, safetensors, tables
+from lfp_jax.weights import (
+    compvis,
+    diffusers,
+    hyperparameters,
+    latent_tables,
+    pickles,
+    safetensors,
+    tables,
+)
 
 _MODEL = "latent diffusion model"
 _UNET_PREFIXES = ("model.diffusion_model.", "")
@@ -27,7 +34,6 @@ _OTHER = re.compile(
     r"(sqrt_|log_|posterior_)\w+|betas|alphas_cumprod(_prev)?|logvar|lvlb_weights|cond_ids|"
     r"scale_factor"
 )
-_MAX_CONFIG = 2**20  # bytes of a JSON or YAML file
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 _SCHEDULES = {
     "linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "cosine", "sqrt": "sqrt",
@@ -111,7 +117,7 @@ def convert(content, path, *, hparams=None, ema=True):
     if not holds(content):
         raise UserError(f"'{path}' holds no {_MODEL}: neither a UNet nor a first stage.")
     state = _state(content)
-    parts = compvis.sections(_beside(path) if hparams is None else hparams)
+    parts = hyperparameters.sections(hyperparameters.beside(path) if hparams is None else hparams)
     unet_prefix, first_prefix = _prefix(state, *_UNET_PART), _prefix(state, *_FIRST_PART)
     _refuse_strangers(state, (unet_prefix, first_prefix), path)
     diffusion = parts["diffusion"]
@@ -272,52 +278,13 @@ def _scale_factor(state, diffusion, path):
     stored = _buffer(state, "scale_factor", (), path)
     if stored is None and diffusion["scale_by_std"]:
         raise UserError(f"'{path}' lacks 'scale_factor', which scale_by_std puts there.")
-    factor = float(diffusion["scale_factor"] if stored is None else stored)
-    if not (np.isfinite(factor) and factor > 0):
-        raise UserError(f"scale_factor must be a number above 0; got {factor}.")
-    return factor
+    return _positive(diffusion["scale_factor"] if stored is None else float(stored))
 
 
-def _beside(path):
-    """Read the hyperparameters from the YAML file of a checkpoint, or {} without one.
-
-    It is the file of the same name, or config.yaml, or project.yaml, or the only one in the folder;
-    or the newest *-project.yaml of ../configs, as CompVis' trainer lays them out.
-    """
-    folder, stem = os.path.dirname(os.path.abspath(path)), os.path.splitext(path)[0]
-    named = [stem + ".yaml", stem + ".yml"]
-    named += [os.path.join(folder, name) for name in ("config.yaml", "project.yaml")]
-    found = [name for name in named if os.path.isfile(name)]
-    if not found:
-        alone = [n for n in sorted(os.listdir(folder)) if n.endswith((".yaml", ".yml"))]
-        found = [os.path.join(folder, alone[0])] if len(alone) == 1 else []
-    configs = os.path.join(os.path.dirname(folder), "configs")
-    if not found and os.path.isdir(configs):
-        names = [n for n in sorted(os.listdir(configs)) if n.endswith("-project.yaml")]
-        found = [os.path.join(configs, name) for name in names[-1:]]
-    if not found:
-        return {}
-    return _config(found[0], yaml.safe_load, yaml.YAMLError)
-
-
-def _config(path, parse, error):
-    """Read a small text file of settings: a dict."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read(_MAX_CONFIG + 1)
-        if len(text) > _MAX_CONFIG:
-            raise UserError(f"Cannot read '{path}': it is larger than {_MAX_CONFIG} bytes.")
-        content = parse(text)
-    except OSError as cause:
-        raise UserError(f"Cannot read '{path}': {cause.strerror}.") from None
-    except (error, ValueError, RecursionError) as cause:
-        if isinstance(cause, UserError):
-            raise
-        line = " ".join(str(cause).split())[:200]
-        raise UserError(f"Cannot read '{path}': it is damaged ({line}).") from None
-    if not isinstance(content, dict):
-        raise UserError(f"'{path}' holds no settings but a {type(content).__name__}.")
-    return content
+def _positive(factor):
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < np.inf:
+        raise UserError(f"scale_factor must be a number above 0; got {factor!r:.80}.")
+    return float(factor)
 
 
 def _read_folder(path, hparams):
@@ -334,7 +301,7 @@ def _read_folder(path, hparams):
     if first and unet:
         # Alone a first stage is what its own code computes; the factor is a pipeline's.
         scale, shift = diffusers.scaling(first[0], what=f"'{first[1]}'")
-    scale = float(hparams.get("scale_factor", scale))
+    scale = _positive(hparams.get("scale_factor", scale))
     made, files = {}, []
     for name, model, reader in (("first_stage", first, _hub_first), ("unet", unet, _hub_unet)):
         tree, sizes = None, None
@@ -364,7 +331,7 @@ def _models(path):
         file = os.path.join(folder, "config.json")
         if not os.path.isfile(file):
             continue
-        config = _config(file, json.loads, json.JSONDecodeError)
+        config = hyperparameters.settings(file, json.loads, json.JSONDecodeError)
         kind = config.get("_class_name")
         if kind in diffusers.FIRST_STAGES + diffusers.UNETS:
             found.append((config, folder))
@@ -381,7 +348,7 @@ def _scheduler(path):
     for folder in (path, os.path.join(path, "scheduler")):
         file = os.path.join(folder, "scheduler_config.json")
         if os.path.isfile(file):
-            return _config(file, json.loads, json.JSONDecodeError)
+            return hyperparameters.settings(file, json.loads, json.JSONDecodeError)
     return {}
 
 
