@@ -7,7 +7,8 @@ itself, without end; new users need no training. The folder `estimator` of the w
 `learned` loads; beside it are `curve.png` and `log.jsonl`, with bit accuracy on fresh keys under
 each attack on the way.
 
-Over several processes, here two on one machine, the losses are the same:
+Over several processes, here two on one machine, the losses are the same; they leave a checkpoint,
+from which the first command then writes the estimator:
 
     python -m lfp_jax.main --config=configs/train_estimator.py --distributed \\
         --coordinator=localhost:12345 --processes=2 --process=0    (and --process=1)

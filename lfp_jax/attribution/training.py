@@ -222,26 +222,26 @@ def make_step(arch, design, *, mesh, hyper):
 
 
 @cache
-def make_evaluation(*, mesh, batch, chain):
+def make_evaluation(arch, design, *, mesh, batch, chain):
     """Compile the measurement of one batch of fresh pairs.
 
     Args:
+        arch, design: of the estimator.
         mesh: of `sharding.mesh`.
         batch: pairs at once.
         chain: an entry of CHAINS.
 
     Returns:
-        evaluate(key, estimator, generator, space, start, choice) -> metrics, each [].
+        evaluate(key, params, generator, space, start, choice) -> metrics as of `loss_of`.
     """
+    kind = estimators.Estimator(None, None, arch, design)
 
-    def evaluate(key, estimator, generator, space, start, choice):
+    def evaluate(key, params, generator, space, start, choice):
         pairs = draw_pairs(
-            key, generator, space, start, n=batch, design=estimator.design, chain=chain,
-            choice=choice,
-        )  # fmt: skip
+            key, generator, space, start, n=batch, design=design, chain=chain, choice=choice
+        )
         pairs = jax.lax.with_sharding_constraint(pairs, sharding.batch_sharding(mesh))
-        params = estimator.params
-        return loss_of(params, estimator, generator, space, pairs, bit_weight=1.0)[1]
+        return loss_of(params, kind, generator, space, pairs, bit_weight=1.0)[1]
 
     full = sharding.replicated_sharding(mesh)
     return jax.jit(evaluate, in_shardings=full, out_shardings=full)

@@ -56,13 +56,14 @@ def train(
     """Train an estimator on pairs drawn from a generator; goes on where an earlier run stopped.
 
     With `total_pairs` at or below what the latest checkpoint has seen, no step is made and the log
-    is left alone: the checkpoint is only measured and written as a store.
+    is left alone: the checkpoint is only measured and written as a store. Several processes train
+    and leave a checkpoint on a disk that they share; one process then writes the store.
 
     Args:
         workdir: gets checkpoints/, log.jsonl (losses are means since the line before) and, at the
             end, the averaged network as the store `estimator` in float16, and curve.png.
         generator: a frozen generator, or what `generators.load` takes.
-        total_pairs: stop after so many pairs.
+        total_pairs: stop after so many pairs; the learning rate falls to zero over them.
         basis_samples, seed: of the basis; an experiment with the same two has the same one.
         bits, shift, strength, code: the design point.
         nuisance: leading nuisance directions to estimate; None for all.
@@ -78,7 +79,7 @@ def train(
         devices: default all devices of all processes.
 
     Returns:
-        The averaged estimator, as stored.
+        The averaged estimator, as stored (in float32 where there is no store yet).
 
     Raises:
         UserError: a setting out of bounds, or a batch that does not divide by the devices.
@@ -92,10 +93,11 @@ def train(
     source = generators.load(generator) if isinstance(generator, str) else generator
     directions = basis.fit_generator(fold(_BASIS), source, samples=basis_samples)
     space = basis.split(directions, bits=bits, shift=shift)
+    arch = estimators.Architecture(**network or {})
     estimator = estimators.initial(
-        fold(_INIT), source, space, arch=estimators.Architecture(**network or {}),
-        strength=strength, code=code, nuisance=nuisance,
-    )  # fmt: skip
+        fold(_INIT), source, space, arch=arch, strength=strength, code=code, nuisance=nuisance
+    )
+    design = estimator.design
     steps = -(-total_pairs // batch)
     hyper = training.Hyperparameters(
         batch, steps, learning_rate, warmup, bit_weight, clip, ema_pairs, chain
@@ -110,11 +112,13 @@ def train(
     source, space = sharding.replicate(mesh, (source, space))
     first = jax.process_index() == 0  # of several processes one writes and speaks
     log = MetricLog(os.path.join(workdir, "log.jsonl")) if first else None
-    take_step = training.make_step(estimator.arch, estimator.design, mesh=mesh, hyper=hyper)
-    measure = partial(
-        _measure, fold(_FRESH), training.make_evaluation(mesh=mesh, batch=batch, chain=chain),
-        chain=chain, batches=-(-evaluate_pairs // batch),
-    )  # fmt: skip
+    take_step = training.make_step(arch, design, mesh=mesh, hyper=hyper)
+    evaluate = training.make_evaluation(arch, design, mesh=mesh, batch=batch, chain=chain)
+    starts = np.arange(0, evaluate_pairs, batch, dtype=np.int32)
+
+    def measure(params):
+        of_batch = partial(evaluate, fold(_FRESH), params, source, space)
+        return _bit_accuracies(of_batch, starts, training.attack_names(chain))
 
     # --- steps -----------------------------------------------------------------------------------
     if start < steps and first:
@@ -135,7 +139,7 @@ def train(
                 progress.update(done * batch, loss=record["loss"], bits=record["bit_accuracy"])
                 clock, clock_step, window = time.monotonic(), done, []
             if done % evaluate_every == 0 and not last:
-                found = measure(estimator.replace(params=state.average), source, space)
+                found = measure(state.average)
                 if first:
                     log.write(done, pairs=done * batch, fresh=found)
                 clock, clock_step = time.monotonic(), done
@@ -144,9 +148,13 @@ def train(
     manager.close()
 
     # --- what ships ------------------------------------------------------------------------------
+    if jax.process_count() > 1:  # a store is written by all processes of a program, or by none
+        if first:
+            print("Run the same command in one process to write the estimator.")
+        return estimator.replace(params=jax.device_get(state.average))
     params = jax.tree.map(lambda x: np.float32(np.float16(x)), jax.device_get(state.average))
+    found = measure(sharding.replicate(mesh, params))
     estimator = estimator.replace(params=params)
-    found = measure(sharding.replicate(mesh, estimator), source, space)
     if first:
         if start < steps:
             log.write(done, pairs=done * batch, fresh=found)
@@ -176,12 +184,11 @@ def _means(window):
     return {name: round(float(value), 6) for name, value in columns.items()}
 
 
-def _measure(key, evaluate, estimator, generator, space, *, chain, batches):
-    """Measure the bit accuracy on fresh pairs under each attack at its harshest, by name."""
-    batch_of = partial(evaluate, key, estimator, generator, space)
+def _bit_accuracies(of_batch, starts, attacks):
+    """Measure the bit accuracy on batches of fresh pairs under each attack, by its name."""
     found = {}
-    for choice, name in enumerate(training.attack_names(chain)):
-        rates = [batch_of(np.int32(i), np.int32(choice))["bit_accuracy"] for i in range(batches)]
+    for choice, name in enumerate(attacks):
+        rates = [of_batch(start, np.int32(choice))["bit_accuracy"] for start in starts]
         found[name] = round(float(np.mean(rates, dtype=np.float64)), 5)
     return found
 

@@ -1,0 +1,212 @@
+"""The estimator `learned` apart from its training: shapes, what it was made for, its store."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.train_estimator import get_config
+from lfp_jax import basis, fingerprint
+from lfp_jax.attribution import estimator as estimators
+from lfp_jax.errors import UserError
+from lfp_jax.generators import stylegan2
+from lfp_jax.weights import store
+
+BITS, DIM = 4, 16
+ARCH = estimators.Architecture(
+    patch=2, channels=(8, 16), blocks=1, grid=2, head=4, width=16, rounds=2
+)
+MARK = {"strength": 1.5, "code": "antipodal"}
+
+
+def _generator(seed, name):
+    arch = stylegan2.Architecture(
+        resolution=8, channels=(8, 8), z_dim=DIM, w_dim=DIM, mapping_layers=1, mapping_width=DIM
+    )
+    return stylegan2.random_generator(jax.random.key(seed), arch, name=name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation():
+    """The programs here run for milliseconds: optimising them takes most of the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return _generator(0, "small")
+
+
+@pytest.fixture(scope="module")
+def directions(generator):
+    return basis.fit_generator(jax.random.key(1), generator, samples=512)
+
+
+@pytest.fixture(scope="module")
+def space(directions):
+    return basis.split(directions, bits=BITS)
+
+
+@pytest.fixture(scope="module")
+def estimator(generator, space):
+    """An estimator whose last layers say something, as a trained one's do."""
+    made = estimators.initial(jax.random.key(2), generator, space, arch=ARCH, **MARK)
+    rng = np.random.default_rng(0)
+    for name in ("theta", "bits"):
+        shape = made.params["network"][name]["kernel"].shape
+        kernel = jnp.asarray(0.1 * rng.normal(size=shape), jnp.float16).astype(jnp.float32)
+        made.params["network"][name]["kernel"] = kernel
+    return made
+
+
+@pytest.fixture(scope="module")
+def images(generator, space):
+    w = generator.sample(jax.random.key(3), 5)
+    return np.asarray(jnp.clip(generator.decode(w), -1.0, 1.0))
+
+
+def test_an_untrained_one_says_the_prior_mean_and_no_bit(generator, space, images):
+    plain = estimators.initial(jax.random.key(2), generator, space, arch=ARCH, **MARK)
+    found = estimators.learned(
+        jax.random.key(0), generator, space, images, estimator=plain, progress=False, **MARK
+    )
+    np.testing.assert_array_equal(found.soft_bits, np.full((5, BITS), 0.5))
+    np.testing.assert_allclose(found.latents, np.tile(space.mean, (5, 1)), atol=1e-6)
+
+
+def test_the_solution_is_what_the_last_round_says(generator, space, estimator, images):
+    found = estimators.learned(
+        jax.random.key(0), generator, space, images, estimator=estimator, progress=False, batch=2,
+        **MARK,
+    )  # fmt: skip
+    first, last = estimators.guesses(estimator, generator, space, images)
+    assert np.abs(last.theta - first.theta).max() > 1e-3
+    np.testing.assert_allclose(found.soft_bits, jax.nn.sigmoid(last.logits), rtol=1e-4)
+    alpha = last.theta * space.nuisance_stddev[None]
+    w = fingerprint.compose(space, alpha, found.soft_bits, **MARK)
+    np.testing.assert_allclose(found.latents, w, atol=1e-5)
+    made = np.clip(generator.decode(w), -1.0, 1.0)
+    rms = np.sqrt(np.mean(np.square(made - images), axis=(1, 2, 3)))
+    np.testing.assert_allclose(found.residual, rms, rtol=1e-4)
+    assert found.bits.shape == (5, BITS)
+
+
+def test_it_counts_its_own_operations_too(generator, space, estimator, images):
+    def cost(arch):
+        made = estimators.initial(jax.random.key(0), generator, space, arch=arch, **MARK)
+        return estimators._evaluations(made, generator)
+
+    once = cost(estimators.Architecture(**{**vars(ARCH), "rounds": 1}))
+    twice = cost(ARCH)
+    assert once > 2.0  # a round, and the residual
+    np.testing.assert_allclose(twice - 1.0, 2.0 * (once - 1.0), rtol=1e-6)
+    wider = cost(estimators.Architecture(**{**vars(ARCH), "channels": (16, 32)}))
+    assert wider > twice + 0.1
+
+
+def test_leading_directions_only(generator, space, images):
+    part = estimators.initial(jax.random.key(2), generator, space, arch=ARCH, nuisance=3, **MARK)
+    guess = estimators.Guess(jnp.ones((1, 3)), jnp.zeros((1, BITS)), jnp.zeros(3))
+    w = estimators.place(part, space, guess)[0] - space.mean
+    alpha = np.einsum("d,dm->m", w, space.nuisance) / np.asarray(space.nuisance_stddev)
+    np.testing.assert_allclose(alpha, [1.0] * 3 + [0.0] * (DIM - BITS - 3), atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (13, 20), (3, 5)])
+def test_the_network_takes_images_of_any_size(size):
+    network = estimators.Network(ARCH, nuisance=5, bits=3)
+    image = jax.random.normal(jax.random.key(0), (2, *size, 1))
+    params = network.init(jax.random.key(1), image, image, 0)
+    theta, logits = network.apply(params, image, image, 1)
+    assert (theta.shape, logits.shape) == ((2, 5), (2, 3))
+
+
+def test_the_network_tells_where_a_pixel_moved():
+    network = estimators.Network(ARCH, nuisance=5, bits=3)
+    image = jnp.zeros((1, 8, 8, 3))
+    params = network.init(jax.random.key(1), image, image, 0)
+    kernel = jax.random.normal(jax.random.key(2), params["params"]["theta"]["kernel"].shape)
+    params["params"]["theta"]["kernel"] = kernel
+
+    def said(row, column):
+        return network.apply(params, image.at[0, row, column].add(0.5), image, 0)[0]
+
+    assert np.abs(said(1, 1) - said(1, 5)).max() > 1e-3
+
+
+def test_store_gives_back_the_same_estimator(generator, space, estimator, tmp_path):
+    path = str(tmp_path / "estimator")
+    rounded = jax.tree.map(lambda x: jnp.float32(jnp.float16(x)), estimator.params)
+    estimators.save(path, estimator, training={"pairs": 3})
+    tree, metadata = store.load(path)
+    assert {leaf.dtype for leaf in jax.tree.leaves(tree["params"])} == {np.dtype(np.float16)}
+    assert metadata["training"] == {"pairs": 3}
+    assert metadata["design"]["sha256"] == generator.sha256
+    again = estimators.load(path, generator, space, **MARK)
+    jax.tree.map(np.testing.assert_array_equal, again.params, rounded)
+    assert (again.arch, again.design) == (estimator.arch, estimator.design)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"strength": 2.0}, "strength 1.5, not 2.0"),
+        ({"code": "binary"}, "code 'antipodal', not 'binary'"),
+        ({"bits": 3}, "bits 4, not 3"),
+        ({"shift": 2}, "another basis or shift"),
+        ({"flip": True}, "another basis or shift"),
+        ({"name": "large"}, "the generator 'small', not 'large'"),
+        ({"sha256": "f00"}, "sha256 , not f00"),
+    ],
+)
+def test_another_generator_or_design_point_is_named(
+    changes, says, generator, directions, estimator, images, tmp_path
+):
+    bits, shift = changes.get("bits", BITS), changes.get("shift")
+    space = basis.split(directions, bits=bits, shift=shift)
+    if "flip" in changes:
+        space = space.replace(carrier=space.carrier * jnp.array([[1.0, 1.0, -1.0, 1.0]]))
+    other = generator.replace(
+        name=changes.get("name", generator.name), sha256=changes.get("sha256", generator.sha256)
+    )
+    mark = MARK | {k: v for k, v in changes.items() if k in MARK}
+    with pytest.raises(UserError, match=says):
+        estimators.learned(
+            jax.random.key(0), other, space, images, estimator=estimator, progress=False, **mark
+        )
+    path = str(tmp_path / "estimator")
+    estimators.save(path, estimator)
+    with pytest.raises(UserError, match=says):
+        estimators.load(path, other, space, **mark)
+
+
+def test_a_basis_of_another_machine_is_the_same(generator, space, estimator):
+    rng = np.random.default_rng(0)
+    noise = 1e-4 * rng.normal(size=space.carrier.shape).astype(np.float32)
+    close = space.replace(carrier=space.carrier + noise)
+    estimators.check_design(estimator, generator, close, **MARK)
+
+
+def test_a_store_of_another_kind_is_refused(generator, space, tmp_path):
+    store.save(str(tmp_path / "basis"), {"mean": np.zeros(3)}, {"kind": "basis"})
+    with pytest.raises(UserError, match="of kind 'basis', not an estimator"):
+        estimators.load(str(tmp_path / "basis"), generator, space, **MARK)
+
+
+def test_sizes_below_1_are_named(generator, space):
+    arch = estimators.Architecture(rounds=0)
+    with pytest.raises(UserError, match="rounds of the estimator must be >= 1; got 0"):
+        estimators.initial(jax.random.key(0), generator, space, arch=arch, **MARK)
+
+
+def test_the_weights_that_ship_are_at_most_4_mb():
+    config = get_config()
+    network = estimators.Network(
+        estimators.Architecture(**config.network.to_dict()), 512 - config.bits, config.bits
+    )
+    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    key = jax.random.key(0)
+    params = jax.eval_shape(lambda x: network.init(key, x, x, 0), image)
+    assert 2 * sum(leaf.size for leaf in jax.tree.leaves(params)) <= 4e6
