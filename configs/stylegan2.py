@@ -43,7 +43,14 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.estimator = "lm"  # or "adam", the paper's
     config.loss = "laplacian"  # of adam: "mse", "laplacian" or "classifier"
     config.lm = ml_collections.ConfigDict(
-        {"bank": 8_192, "nuisance": placeholder(int), "jacobians": 8, "chords": 3, "batch": 8}
+        {
+            "bank": 8_192,
+            "nuisance": placeholder(int),
+            "gradients": (20, 30),
+            "jacobians": 6,
+            "chords": 12,
+            "batch": 8,
+        }
     )
     config.adam = ml_collections.ConfigDict(
         {"starts": 20, "steps": 2000, "learning_rate": 0.2, "decay": 0.001, "penalty": 0.1}

@@ -12,7 +12,6 @@ from lfp_jax.generators import stylegan2
 
 BITS, FREE = 8, 24
 BOTH_CODES = pytest.mark.parametrize("code", ["antipodal", "binary"])
-TRIALS = 3 * 4  # of the default chord steps
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +59,35 @@ def test_keys_come_back_from_8_bit_images(model, cases, code):
     np.testing.assert_array_equal(again, cases[code][0])
 
 
-def test_a_schedule_widens_and_still_finds_the_keys(model, cases):
-    case = cases["antipodal"]
-    found = estimate(model, case, slice(None), nuisance=(8, 8, None))
-    np.testing.assert_array_equal(found.bits, case[0])
-    one = estimate(model, case, slice(0, 1), nuisance=(8, None), jacobians=1)
-    rest = np.asarray(one.latents - model[1].mean[None]) @ np.asarray(model[1].nuisance)[:, 8:]
-    np.testing.assert_allclose(rest, 0.0, atol=1e-5)
+def test_conjugate_gradients_solve_the_step(model, cases):
+    generator, space = model
+    keys, made, bank = cases["antipodal"]
+    frame = least_squares.whiten(space, strength=1.0, code="antipodal", nuisance=None)
+    targets = jnp.asarray(made[:2])
+    start = least_squares._start(frame, space, least_squares.nearest(bank, targets))
+    theta = jnp.concatenate([start, jnp.zeros((2, BITS))], axis=1)
+    found = {
+        unroll: least_squares._conjugate_gradients(
+            generator, frame, targets, theta, None, iterations=40, unroll=unroll
+        )[0]
+        for unroll in (True, False)
+    }
+    np.testing.assert_allclose(found[True], found[False], atol=2e-3)
+    for i in range(2):
+        image, jacobian = jax.jit(least_squares._jacobian)(generator, frame, theta[i])
+        difference, live = least_squares._difference(image, targets[i])
+        jacobian = np.asarray(jacobian * live.reshape(1, -1), np.float64)
+        variance = np.mean(np.square(difference))
+        system = jacobian @ jacobian.T / variance + np.eye(len(jacobian))
+        slope = jacobian @ np.asarray(difference).reshape(-1) / variance + np.asarray(theta[i])
+        np.testing.assert_allclose(found[True][i], -np.linalg.solve(system, slope), atol=2e-2)
+
+
+def test_conjugate_gradients_alone_bring_the_residual_down(model, cases):
+    options = {"jacobians": 1, "chords": 1}
+    near = estimate(model, cases["antipodal"], slice(None), gradients=(8, 8, 8), **options)
+    far = estimate(model, cases["antipodal"], slice(None), gradients=(), **options)
+    assert np.all(near.residual < 0.5 * far.residual)
 
 
 def test_fixed_nuisance_directions_stay_at_zero(model, cases):
@@ -82,8 +103,9 @@ def test_images_are_on_their_own(model, cases):
     whole = estimate(model, case, slice(None), **options)
     few = estimate(model, case, slice(1, 2), **options)
     wide = estimate(model, case, slice(None), batch=3, seed=9, **options)
-    np.testing.assert_allclose(whole.latents[1], few.latents[0], atol=1e-4)
-    np.testing.assert_allclose(whole.latents, wide.latents, atol=1e-4)
+    # Rounding differs with the batch, and many steps on a curved valley let it grow.
+    np.testing.assert_allclose(whole.latents[1], few.latents[0], atol=5e-3)
+    np.testing.assert_allclose(whole.latents, wide.latents, atol=5e-3)
 
 
 def test_the_chunked_jacobian_is_the_jacobian(model):
@@ -131,11 +153,14 @@ def test_a_step_that_gives_nan_is_not_taken(model, cases):
     np.testing.assert_array_equal(found.soft_bits, 0.5)
 
 
-def test_evaluations_follow_the_formula(model, cases):
+def test_evaluations_are_counted(model, cases):
     case = cases["antipodal"]
-    # 8 + 8 tangents and 24 + 8 both fill one chunk of 64.
-    found = estimate(model, case, slice(0, 2), nuisance=(8, None), jacobians=2)
-    assert found.evaluations.tolist() == [1 + 2 * (1 + 64 + TRIALS)] * 2
+    # 24 + 8 tangents fill one chunk of 64. The last forward gives the residual.
+    found = estimate(model, case, slice(0, 2), gradients=(), jacobians=1, chords=1)
+    assert found.evaluations.tolist() == [1 + 64 + 1 + 1] * 2
+    # 12 iterations in two calls: two images, the slope, 3 an iteration, five lengths of the step.
+    more = estimate(model, case, slice(0, 2), gradients=(12,), jacobians=1, chords=1)
+    assert (more.evaluations - found.evaluations).tolist() == [2 + 2 + 3 * 12 + 5] * 2
 
 
 def test_one_trace_serves_all_batches(model, cases):
@@ -161,8 +186,8 @@ def test_a_bank_is_the_prior_and_its_nearest_sample_is_found(model):
         ({"jacobians": 0}, "jacobians must be >= 1; got 0."),
         ({"chords": 0}, "chords must be >= 1; got 0."),
         ({"batch": 0}, "batch must be >= 1; got 0."),
-        ({"nuisance": (8, 4)}, r"must not fall; got \(8, 4\)."),
-        ({"nuisance": -1}, "nuisance must be >= 0"),
+        ({"gradients": (5, 0)}, r"gradients must be >= 1.*got \(5, 0\)"),
+        ({"nuisance": -1}, "nuisance >= 0; got .* and -1"),
     ],
 )
 def test_bad_options_are_user_errors(model, cases, options, message):

@@ -2,11 +2,17 @@
 
 Unknowns, whitened, theta = (alpha / s of the leading nuisance directions, 2 phi - 1), with prior
 N(0, I). Residuals are pixel differences; a pixel the 8-bit range clips counts only when the model
-is on the wrong side of the bound. Outer step: one Jacobian by chunked forward mode and one Cholesky
-factor; inner (chord) steps reuse both. The noise variance follows the current residual, so early
-steps are damped by the prior and late ones are exact.
+is on the wrong side of the bound. The noise variance v follows the current residual, so early
+steps are damped by the prior and late ones are exact. Every step solves
 
     (J^T J / v + I) step = -(J^T r / v + theta)
+
+Far off, by a few conjugate gradients, which need no Jacobian: the prior whitens the unknowns so
+well that they converge at once along what matters. Near, where the bits are weak beside bent, stiff
+directions, by one Jacobian (chunked forward mode) and its Cholesky factor, which serve a row of
+chord steps. Those are taken in full, though the first may raise the residual: it lands beside the
+curved valley, the bits right already, and the next ones fall back to its floor. A line search
+would allow small steps only.
 """
 
 from functools import partial
@@ -25,7 +31,10 @@ _BOUND = 1.0 - 1.0 / 255.0  # a target beyond this may have been clipped
 _QUANTUM = (2.0 / 255.0) ** 2 / 12.0  # variance of rounding to 8 bits on the [-1, 1] scale
 _FLOOR = 1.1 * _QUANTUM**0.5  # a residual below this is rounding alone
 _STALLED = 0.99  # an outer step that leaves more of the residual than this has stalled
-_SHRINK = (1.0, 0.5, 0.25, 0.1)  # step lengths tried by a chord step, longest first
+_SHRINK = (1.0, 0.5, 0.25, 0.1)  # step lengths tried where a full step may fail
+_SETTLED = 0.98  # a chord step that leaves more of the residual than this is the last one
+_CPU_UNROLL = 10  # on CPU a gradient inside a scan runs five times slower than unrolled
+_TINY = 1e-20  # keeps a quotient of a solved system finite
 _THUMBNAIL = 16
 
 
@@ -100,11 +109,16 @@ def whiten(space, *, strength, code, nuisance):
 
 
 def _place(frame, theta):
-    return frame.mean + jnp.einsum("dq,q->d", frame.directions, theta, precision="highest")
+    """Latents [n, d] of unknowns [n, q]."""
+    return frame.mean[None] + jnp.einsum("dq,nq->nd", frame.directions, theta, precision="highest")
+
+
+def _images(generator, frame, theta):
+    return decode_flat(generator, _place(frame, theta))
 
 
 def _model(generator, frame, theta):
-    return decode_flat(generator, _place(frame, theta)[None])[0]
+    return _images(generator, frame, theta[None])[0]
 
 
 def _difference(made, target):
@@ -127,36 +141,126 @@ def _cost(difference, theta, variance):
     return jnp.sum(jnp.square(difference)) / variance + jnp.sum(jnp.square(theta))
 
 
+def _variance(difference):
+    return jnp.maximum(jnp.mean(jnp.square(difference)), _QUANTUM)
+
+
+# --- far off: conjugate gradients ----------------------------------------------------------------
+
+
+def _dot(a, b):
+    return jnp.einsum("nq,nq->n", a, b, precision="highest")[:, None]
+
+
+@partial(jax.jit, static_argnames=("iterations", "unroll"))
+def _conjugate_gradients(generator, frame, targets, theta, carry, *, iterations, unroll):
+    """Solve for the steps [n, q] of a batch; carry = (steps, residuals, directions), or None."""
+    made, push = jax.linearize(lambda theta: _images(generator, frame, theta), theta)
+    pull = jax.linear_transpose(push, theta)
+    difference, live = _difference(made, targets)
+    variance = jax.vmap(_variance)(difference)[:, None]
+    if carry is None:
+        slope = -(pull(difference)[0] / variance + theta)
+        carry = (jnp.zeros_like(theta), slope, slope)
+
+    def iterate(carry, _):
+        steps, residual, direction = carry
+        image = pull(push(direction) * live)[0] / variance + direction
+        square = _dot(residual, residual)
+        length = square / jnp.maximum(_dot(direction, image), _TINY)
+        steps, residual = steps + length * direction, residual - length * image
+        turn = _dot(residual, residual) / jnp.maximum(square, _TINY)
+        return (steps, residual, residual + turn * direction), None
+
+    if unroll:
+        for _ in range(iterations):
+            carry, _ = iterate(carry, None)
+        return carry
+    return jax.lax.scan(iterate, carry, length=iterations)[0]
+
+
+@jax.jit
+def _best_lengths(generator, frame, targets, theta, steps):
+    """Go the best of a few lengths along each step; give theta and its residual."""
+
+    def look(theta):
+        return _difference(_images(generator, frame, theta), targets)[0]
+
+    trials = [theta, *(theta + length * steps for length in _SHRINK)]
+    differences = [look(trial) for trial in trials]
+    variance = jax.vmap(_variance)(differences[0])
+    costs = jnp.stack(list(map(jax.vmap(_cost), differences, trials, [variance] * len(trials))))
+    best = jnp.argmin(jnp.where(jnp.isfinite(costs), costs, jnp.inf), axis=0)
+    rows = jnp.arange(len(theta))
+    rms = jnp.sqrt(jnp.mean(jnp.square(jnp.stack(differences)[best, rows]), axis=(1, 2, 3)))
+    return jnp.stack(trials)[best, rows], rms
+
+
+def _descend(generator, frame, targets, theta, iterations):
+    """Make one step by conjugate gradients; give theta, residual and evaluations."""
+    unroll = jax.default_backend() == "cpu"
+    chunk = _CPU_UNROLL if unroll else iterations
+    carry, calls = None, range(0, iterations, chunk)
+    for done in calls:
+        carry = _conjugate_gradients(
+            generator, frame, targets, theta, carry,
+            iterations=min(chunk, iterations - done), unroll=unroll,
+        )  # fmt: skip
+    theta, rms = _best_lengths(generator, frame, targets, theta, carry[0])
+    # Each call places the images anew; a slope counts 2, an iteration 3.
+    return theta, rms, len(calls) + 2 + 3 * iterations + 1 + len(_SHRINK)
+
+
+# --- near: one Jacobian and chord steps ----------------------------------------------------------
+
+
 def _outer_step(generator, frame, target, theta, chords):
-    """One Jacobian and `chords` chord steps for one image; gives theta, soft bits, residual."""
+    """One Jacobian and chord steps for one image: theta, soft bits, residual, evaluations."""
     image, jacobian = _jacobian(generator, frame, theta)
-    difference, live = _difference(image, target)
+    start, live = _difference(image, target)
     jacobian = jacobian * live.reshape(1, -1)
-    variance = jnp.maximum(jnp.mean(jnp.square(difference)), _QUANTUM)
+    variance = _variance(start)
     gram = jnp.einsum("qp,rp->qr", jacobian, jacobian, precision="highest")
     factor = jax.scipy.linalg.cho_factor(gram / variance + jnp.eye(len(theta)), lower=True)
 
-    def evaluate(theta):
-        difference, _ = _difference(_model(generator, frame, theta), target)
-        return difference, _cost(difference, theta, variance)
+    def difference_at(theta):
+        return _difference(_model(generator, frame, theta), target)[0]
 
-    def chord(carry, _):
-        theta, difference, cost = carry
+    def step_from(theta, difference):
         slope = jnp.einsum("qp,p->q", jacobian, difference.reshape(-1), precision="highest")
-        step = -jax.scipy.linalg.cho_solve(factor, slope / variance + theta)
-        trials = theta[None] + jnp.asarray(_SHRINK)[:, None] * step[None]
-        differences, costs = jax.vmap(evaluate)(trials)
+        return -jax.scipy.linalg.cho_solve(factor, slope / variance + theta)
+
+    def chord(carry):
+        here, difference, _, count = carry
+        here = here + step_from(here, difference)
+        return here, difference_at(here), jnp.mean(jnp.square(difference)), count + 1
+
+    def goes_on(carry):
+        _, difference, before, count = carry
+        falls = jnp.mean(jnp.square(difference)) < _SETTLED**2 * before
+        return (count < chords) & ((count < 2) | falls)
+
+    begin = (theta, start, jnp.inf, 0)
+    end, difference, _, count = jax.lax.while_loop(goes_on, chord, begin)
+    cost = _cost(start, theta, variance)
+
+    def shorten():
+        trials = theta[None] + jnp.asarray(_SHRINK[1:])[:, None] * step_from(theta, start)[None]
+        differences = jax.lax.map(difference_at, trials)
+        costs = jax.vmap(partial(_cost, variance=variance))(differences, trials)
         costs = jnp.where(jnp.isfinite(costs), costs, jnp.inf)
         best = jnp.argmin(costs)
+        found = (trials[best], differences[best])
         better = costs[best] < cost
-        chosen = (trials[best], differences[best], costs[best])
-        return jax.tree.map(partial(jnp.where, better), chosen, carry), None
+        return jax.tree.map(partial(jnp.where, better), found, (theta, start))
 
-    carry = (theta, difference, _cost(difference, theta, variance))
-    theta, difference, _ = jax.lax.scan(chord, carry, length=chords)[0]
+    improved = _cost(difference, end, variance) < cost
+    end, difference = jax.lax.cond(improved, lambda: (end, difference), shorten)
     square = jnp.mean(jnp.square(difference))
-    soft = _soft_bits(frame, theta, gram / jnp.maximum(square, _QUANTUM))
-    return theta, soft, jnp.sqrt(square)
+    soft = _soft_bits(frame, end, gram / jnp.maximum(square, _QUANTUM))
+    padded = len(theta) + -len(theta) % _CHUNK
+    spent = 1 + padded + count + jnp.where(improved, 0, len(_SHRINK) - 1)
+    return end, soft, jnp.sqrt(square), spent
 
 
 @partial(jax.jit, static_argnames=("chords",))
@@ -177,8 +281,9 @@ def lm(
     code,
     bank,
     nuisance=None,
-    jacobians=8,
-    chords=3,
+    gradients=(20, 30),
+    jacobians=6,
+    chords=12,
     batch=8,
     progress=True,
 ):
@@ -194,10 +299,9 @@ def lm(
         images: [n, H, W, C] in [-1, 1], already through 8 bits.
         strength, code: as injected.
         bank: prior samples to start from (`make_bank`).
-        nuisance: leading nuisance directions that stay free; None for all. A tuple gives one entry
-            an outer step, never falling, the last one for all that follow: (96, 96, None) spends
-            small Jacobians while far off. Directions not yet free stay at zero.
-        jacobians: outer steps at most; chords: inner steps on each Jacobian.
+        nuisance: leading nuisance directions that stay free, the others stay at zero; None: all.
+        gradients: conjugate gradients of each step before the first Jacobian.
+        jacobians: steps with a Jacobian, at most; chords: chord steps on each, at most.
         batch: images a compiled call.
         progress: show a progress line.
 
@@ -205,62 +309,51 @@ def lm(
         A Solution; soft bits are sigmoid(2 b / var b) of the whitened bit b at the solution.
 
     Raises:
-        UserError: images of another shape than the generator's, an option below 1, or a schedule
-            that falls.
+        UserError: images of another shape than the generator's, or an option out of bounds.
     """
     del key
     images = jnp.asarray(images)
     check(generator, images, jacobians=jacobians, chords=chords, batch=batch)
-    frames = [
-        whiten(space, strength=strength, code=code, nuisance=free)
-        for free in _schedule(space, nuisance, jacobians)
-    ]
-    n, widest, bits = len(images), frames[-1].nuisance, space.carrier.shape[1]
-    theta = np.zeros((n, widest + bits), np.float32)  # all that will ever be free, then the bits
-    theta[:, : frames[0].nuisance] = _start(frames[0], space, nearest(bank, images))
+    if min(gradients, default=1) < 1 or (nuisance is not None and nuisance < 0):
+        raise UserError(
+            f"gradients must be >= 1 and nuisance >= 0; got {tuple(gradients)} and {nuisance}."
+        )
+    frame = whiten(space, strength=strength, code=code, nuisance=nuisance)
+    n, bits = len(images), space.carrier.shape[1]
+    theta = np.zeros((n, frame.nuisance + bits), np.float32)
+    theta[:, : frame.nuisance] = _start(frame, space, nearest(bank, images))
     soft = np.full((n, bits), 0.5, np.float32)
-    rms = np.full(n, np.inf, np.float32)
-    evaluations = np.ones(n)
-    todo = np.arange(n)
+    rms, evaluations = np.full(n, np.inf, np.float32), np.zeros(n)
+
+    def batches(rows):
+        for i in range(0, len(rows), batch):
+            part = rows[i : i + batch]
+            yield part, np.resize(part, batch)  # one shape, one compilation
+
     with Progress(n, label="lm") if progress else Silent() as line:
-        for frame, following in zip(frames, [*frames[1:], frames[-1]], strict=True):
-            free = np.r_[: frame.nuisance, widest : widest + bits]
+        for iterations in gradients:
+            for rows, full in batches(np.arange(n)):
+                found, left, spent = _descend(
+                    generator, frame, images[full], jnp.asarray(theta[full]), iterations
+                )
+                theta[rows] = np.asarray(found)[: len(rows)]
+                evaluations[rows] += spent
+                line.update(0, residual=float(np.mean(left[: len(rows)])))
+        todo = np.arange(n)
+        for _ in range(jacobians):
             before = rms.copy()
-            for i in range(0, len(todo), batch):
-                rows = todo[i : i + batch]
-                full = np.resize(rows, batch)  # one shape, one compilation
-                found = _outer_steps(
-                    generator, frame, images[full], theta[full][:, free], chords=chords
-                )
-                theta[np.ix_(rows, free)], soft[rows], rms[rows] = (
-                    np.asarray(each)[: len(rows)] for each in found
-                )
-                evaluations[rows] += _evaluations(frame, chords)
+            for rows, full in batches(todo):
+                found = _outer_steps(generator, frame, images[full], theta[full], chords=chords)
+                found = [np.asarray(each)[: len(rows)] for each in found]
+                theta[rows], soft[rows], rms[rows] = found[:3]
+                evaluations[rows] += found[3]
                 line.update(n - len(todo), residual=float(np.mean(rms[rows])))
-            goes_on = rms[todo] < _STALLED * before[todo]
-            goes_on |= following.nuisance > frame.nuisance  # what stalled may move again
-            todo = todo[(rms[todo] > _FLOOR) & goes_on]
+            todo = todo[(rms[todo] > _FLOOR) & (rms[todo] < _STALLED * before[todo])]
             line.update(n - len(todo))
             if len(todo) == 0:
                 break
-    w = jax.vmap(partial(_place, frames[-1]))(jnp.asarray(theta))
-    return Solution(soft, w, residual(generator, w, images), evaluations)
-
-
-def _schedule(space, nuisance, jacobians):
-    """Give the number of free nuisance directions of every outer step."""
-    entries = nuisance if isinstance(nuisance, (tuple, list)) else (nuisance,)
-    every = space.nuisance.shape[1]
-    counts = [every if free is None else min(free, every) for free in entries]
-    if not counts or min(counts) < 0 or counts != sorted(counts):
-        raise UserError(f"nuisance must be >= 0 and must not fall; got {nuisance}.")
-    return [counts[min(i, len(counts) - 1)] for i in range(jacobians)]
-
-
-def _evaluations(frame, chords):
-    """Count the generator evaluations of one outer step: image, tangents, trials of step length."""
-    count = frame.directions.shape[1]
-    return 1 + count + -count % _CHUNK + chords * len(_SHRINK)
+    w = _place(frame, jnp.asarray(theta))
+    return Solution(soft, w, residual(generator, w, images), evaluations + 1)
 
 
 def _start(frame, space, latents):
