@@ -58,12 +58,6 @@ class Checkpoint:
     sha256: str = field(default="")
 
 
-def is_folder(path):
-    """Tell whether a path is a diffusers folder: a model, or a pipeline of models."""
-    names = ("config.json", "model_index.json")
-    return any(os.path.isfile(os.path.join(path, name)) for name in names)
-
-
 def read(path, *, hparams=None, ema=True):
     """Read a latent-diffusion model.
 
