@@ -278,6 +278,7 @@ def single(stored, tmp_path_factory, pytestconfig):
     return workdir
 
 
+@pytest.mark.slow
 def test_two_processes_of_two_devices_equal_one(single, stored, tmp_path, pytestconfig):
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -81,7 +81,8 @@ def train(
         total_images: stop after so many real images.
         resolution: of the images, and of the pictures in the folder.
         growth: pairs (resolution, images): the lower resolutions trained first, each for so many
-            images, as the coarse layers of the whole network; `gan_step.grow` adds the finer ones.
+            images and with `r1_gamma` in proportion to the pixels (as arXiv 2006.06676 scales it),
+            as the coarse layers of the whole network; `gan_step.grow` adds the finer ones.
         channels: feature maps at 4, 8, ..., resolution; `discriminator_channels` likewise.
         ema_images: half-life of the averaged weights.
         log_every, save_every, grid_every: in steps; the first divides the second.
@@ -196,7 +197,10 @@ def _at_resolution(hyper, size):
         channels = arch.channels[: int(math.log2(size)) - 1]
         return dataclasses.replace(arch, resolution=size, channels=channels)
 
-    return hyper.replace(arch=cut(hyper.arch), d_arch=cut(hyper.d_arch))
+    share = (size / hyper.arch.resolution) ** 2
+    return hyper.replace(
+        arch=cut(hyper.arch), d_arch=cut(hyper.d_arch), r1_gamma=hyper.r1_gamma * share
+    )
 
 
 def _check(arch, growth, total_images, log_every, save_every, fd_every, fd_images):
