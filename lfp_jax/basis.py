@@ -78,8 +78,23 @@ def fit_generator(key: jax.Array, generator: Any, *, samples: int) -> Basis:
         generator: a frozen generator.
         samples: how many latents.
     """
-    parts = [np.asarray(_sample(key, generator, start)) for start in range(0, samples, _BATCH)]
-    return fit(np.concatenate(parts)[:samples])
+    return fit(sample(key, generator, samples))
+
+
+def sample(key: jax.Array, generator: Any, n: int, *, start: int = 0) -> np.ndarray:
+    """Draw latents start, ..., start + n - 1 of a key, in batches of one shape.
+
+    Args:
+        key: random key.
+        generator: a frozen generator.
+        n: how many.
+        start: index of the first.
+
+    Returns:
+        [n, *latent_shape] on the host.
+    """
+    parts = [np.asarray(_sample(key, generator, start + i)) for i in range(0, n, _BATCH)]
+    return np.concatenate(parts)[:n]
 
 
 @jax.jit

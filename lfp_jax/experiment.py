@@ -52,7 +52,7 @@ def run(config, workdir):
     owner = np.arange(config.images) % config.users
     truth = users[owner]
     mark = {"strength": config.strength, "code": config.code}
-    latents = _sample(fold[_IMAGES], generator, config.images)
+    latents = basis.sample(fold[_IMAGES], generator, config.images)
     marked = fingerprint.inject(space, latents, truth, **mark)
     plain = images.png_round_trip(_decode(generator, latents))
     made = images.png_round_trip(_decode(generator, marked))
@@ -138,21 +138,10 @@ def _basis(key, generator, samples, workdir, seed):
         tree, metadata = store.load(path)
         if metadata == wanted:
             return basis.Basis(**tree)
-    fitted = basis.fit(_sample(key, generator, samples))
+    fitted = basis.fit_generator(key, generator, samples=samples)
     tree = {"mean": fitted.mean, "components": fitted.components, "stddev": fitted.stddev}
     store.save(path, tree, wanted)
     return fitted
-
-
-@jax.jit
-def _sample_batch(key, generator, start):
-    return generator.sample(key, _BATCH, start=start)
-
-
-def _sample(key, generator, n, *, start=0):
-    """Draw latents start, ..., start + n - 1 of a key in batches of one shape, on the host."""
-    parts = [np.asarray(_sample_batch(key, generator, start + i)) for i in range(0, n, _BATCH)]
-    return np.concatenate(parts)[:n]
 
 
 @jax.jit
@@ -196,11 +185,11 @@ def _frechet(fold, generator, space, config):
     """
     n, classifier = config.fd_images, features.load_classifier()
     demo = generator.name == "stylegan2-demo"
-    latents = _sample(fold[_QUALITY], generator, n)
+    latents = basis.sample(fold[_QUALITY], generator, n)
     bits = _draw_bits(fold[_QUALITY_KEYS], n, config.bits)
     mark = {"strength": config.strength, "code": config.code}
     groups = [latents, fingerprint.inject(space, latents, bits, **mark)]
-    groups += [] if demo else [_sample(fold[_QUALITY], generator, n, start=n)]
+    groups += [] if demo else [basis.sample(fold[_QUALITY], generator, n, start=n)]
     rows = []
     with logs.Progress(len(groups) * n, label="distance") as progress:
         for group in groups:

@@ -18,6 +18,7 @@ from lfp_jax.errors import choose
 # latent no key (under `binary` it reads as all zeros).
 CODES = {"binary": 0.0, "antipodal": 0.5}
 
+_LEAST_STDDEV = 1e-8  # a direction without spread stays finite
 _einsum = functools.partial(jnp.einsum, precision="highest")
 _jit = functools.partial(jax.jit, static_argnames=("code",))
 
@@ -80,6 +81,25 @@ def carrier_part(space: Space, latents: jax.Array) -> jax.Array:
         ValueError: latents of another size than the space's.
     """
     return jax.vmap(functools.partial(_carrier_part_one, space))(_flat(space, latents))
+
+
+def whitened_nuisance(space: Space, latents: jax.Array, *, count: int | None = None) -> jax.Array:
+    """Measure latents along the nuisance directions: U^T (w - m) / s, N(0, 1) under the prior.
+
+    Args:
+        space: carrier, nuisance and mean.
+        latents: [n, *latent_shape].
+        count: leading directions to measure; None for all.
+
+    Returns:
+        float32 [n, count].
+
+    Raises:
+        ValueError: latents of another size than the space's.
+    """
+    offset = _flat(space, latents) - space.mean[None]
+    alpha = _einsum("nd,dm->nm", offset, space.nuisance[:, :count])
+    return alpha / jnp.maximum(space.nuisance_stddev[None, :count], _LEAST_STDDEV)
 
 
 @_jit

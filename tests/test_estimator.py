@@ -12,6 +12,7 @@ from lfp_jax.errors import UserError
 from lfp_jax.generators import stylegan2
 from lfp_jax.weights import store
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 BITS, DIM = 4, 16
 ARCH = estimators.Architecture(
     patch=2, channels=(8, 16), blocks=1, grid=2, head=4, width=16, rounds=2
@@ -24,14 +25,6 @@ def _generator(seed, name):
         resolution=8, channels=(8, 8), z_dim=DIM, w_dim=DIM, mapping_layers=1, mapping_width=DIM
     )
     return stylegan2.random_generator(jax.random.key(seed), arch, name=name)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    """The programs here run for milliseconds: optimising them takes most of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

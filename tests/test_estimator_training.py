@@ -19,19 +19,12 @@ from lfp_jax.generators import stylegan2
 from lfp_jax.training import estimator as trainer
 from lfp_jax.weights import store
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 BITS, DIM = 4, 16
 MARK = {"strength": 2.0, "code": "antipodal"}
 NETWORK = {"patch": 2, "channels": (16,), "blocks": 1, "grid": 4, "head": 16, "width": 64}
 NETWORK["rounds"] = 2
 KEY = jax.random.key(5)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    """The programs here run for milliseconds: optimising them takes most of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -175,16 +168,8 @@ def test_the_batch_is_split_over_the_devices(generator, space):
     assert "f32[32,8,8,3]" not in text
 
 
-def test_a_killed_and_resumed_run_equals_the_whole_one(whole, generator, tmp_path, monkeypatch):
-    real_write = logs.MetricLog.write
-
-    def write_until_killed(log, step, **values):
-        real_write(log, step, **values)
-        if step == 6:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(logs.MetricLog, "write", write_until_killed)
+def test_a_killed_and_resumed_run_equals_the_whole_one(whole, generator, tmp_path, killed_after):
+    with killed_after(6):
         trainer.train(**_settings(generator, tmp_path))
     assert not (tmp_path / "estimator").exists()
     trainer.train(**_settings(generator, tmp_path))

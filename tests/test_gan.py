@@ -19,18 +19,11 @@ from lfp_jax.metrics import distances, features
 from lfp_jax.training import gan, gan_step
 from lfp_jax.weights import store
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 SIZE = 8
 NETWORK = {"resolution": SIZE, "channels": (8, 8), "w_dim": 16, "mapping_layers": 1}
 NETWORK["growth"] = ((SIZE // 2, 16),)  # the first two steps of a run
 COLOUR = (224, 64, 32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    """The programs here run for milliseconds: optimising them takes most of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def _hyper(**changes):
@@ -98,16 +91,8 @@ def whole(data, tmp_path_factory):
     return workdir
 
 
-def test_a_killed_and_resumed_run_equals_the_whole_one(whole, data, tmp_path, monkeypatch):
-    real_write = logs.MetricLog.write
-
-    def write_until_killed(log, step, **values):
-        real_write(log, step, **values)
-        if step == 6:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(logs.MetricLog, "write", write_until_killed)
+def test_a_killed_and_resumed_run_equals_the_whole_one(whole, data, tmp_path, killed_after):
+    with killed_after(6):
         gan.train(**_settings(data, tmp_path))
     assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert not (tmp_path / "stylegan2-demo").exists()

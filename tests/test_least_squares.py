@@ -64,7 +64,7 @@ def test_conjugate_gradients_solve_the_step(model, cases):
     keys, made, bank = cases["antipodal"]
     frame = least_squares.whiten(space, strength=1.0, code="antipodal", nuisance=None)
     targets = jnp.asarray(made[:2])
-    start = least_squares._start(frame, space, least_squares.nearest(bank, targets))
+    start = fingerprint.whitened_nuisance(space, least_squares.nearest(bank, targets))
     theta = jnp.concatenate([start, jnp.zeros((2, BITS))], axis=1)
     found = {
         unroll: least_squares._conjugate_gradients(

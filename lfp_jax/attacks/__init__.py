@@ -95,14 +95,18 @@ def apply(key, images, attack, *, start=0):
     return files.from_uint8(files.to_uint8(images))
 
 
+def in_jax(name):
+    """Return the function of an attack that runs within a JAX program: JPEG is approximated."""
+    return jpeg_approximate if name == "jpeg" else FUNCTIONS[name]
+
+
 def simulate(key, images, attack, *, start=0):
     """Attack images within a JAX program: differentiable, JPEG approximated, no 8-bit rounding.
 
     Args and result are those of `apply`, but for JAX arrays; keys, and so what is drawn, agree.
     """
     for index, (name, options) in enumerate(attack.steps):
-        function = jpeg_approximate if name == "jpeg" else FUNCTIONS[name]
-        images = function(key, images, start=start, step=index, **dict(options))
+        images = in_jax(name)(key, images, start=start, step=index, **dict(options))
     return images
 
 

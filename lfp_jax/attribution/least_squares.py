@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lfp_jax import fingerprint
 from lfp_jax.attribution.inversion import Silent, Solution, check, decode_flat, residual
 from lfp_jax.errors import UserError
 from lfp_jax.logs import Progress
@@ -145,6 +146,20 @@ def _variance(difference):
     return jnp.maximum(jnp.mean(jnp.square(difference)), _QUANTUM)
 
 
+def _look(generator, frame, target, theta):
+    return _difference(_model(generator, frame, theta), target)[0]
+
+
+def _best_length(look, theta, here, step, variance, lengths):
+    """Go the best of some lengths along a step, or stay; give theta and its difference."""
+    trials = theta[None] + jnp.asarray(lengths)[:, None] * step[None]
+    differences = jnp.concatenate([here[None], jax.lax.map(look, trials)])
+    trials = jnp.concatenate([theta[None], trials])
+    costs = jax.vmap(partial(_cost, variance=variance))(differences, trials)
+    best = jnp.argmin(jnp.where(jnp.isfinite(costs), costs, jnp.inf))
+    return trials[best], differences[best]
+
+
 # --- far off: conjugate gradients ----------------------------------------------------------------
 
 
@@ -181,19 +196,15 @@ def _conjugate_gradients(generator, frame, targets, theta, carry, *, iterations,
 
 @jax.jit
 def _best_lengths(generator, frame, targets, theta, steps):
-    """Go the best of a few lengths along each step; give theta and its residual."""
+    """Go the best of a few lengths along the steps of a batch; give theta and its residual."""
 
-    def look(theta):
-        return _difference(_images(generator, frame, theta), targets)[0]
+    def go(theta, target, step):
+        look = partial(_look, generator, frame, target)
+        here = look(theta)
+        theta, difference = _best_length(look, theta, here, step, _variance(here), _SHRINK)
+        return theta, jnp.sqrt(jnp.mean(jnp.square(difference)))
 
-    trials = [theta, *(theta + length * steps for length in _SHRINK)]
-    differences = [look(trial) for trial in trials]
-    variance = jax.vmap(_variance)(differences[0])
-    costs = jnp.stack(list(map(jax.vmap(_cost), differences, trials, [variance] * len(trials))))
-    best = jnp.argmin(jnp.where(jnp.isfinite(costs), costs, jnp.inf), axis=0)
-    rows = jnp.arange(len(theta))
-    rms = jnp.sqrt(jnp.mean(jnp.square(jnp.stack(differences)[best, rows]), axis=(1, 2, 3)))
-    return jnp.stack(trials)[best, rows], rms
+    return jax.vmap(go)(theta, targets, steps)
 
 
 def _descend(generator, frame, targets, theta, iterations):
@@ -217,14 +228,12 @@ def _descend(generator, frame, targets, theta, iterations):
 def _outer_step(generator, frame, target, theta, chords):
     """One Jacobian and chord steps for one image: theta, soft bits, residual, evaluations."""
     image, jacobian = _jacobian(generator, frame, theta)
+    look = partial(_look, generator, frame, target)
     start, live = _difference(image, target)
     jacobian = jacobian * live.reshape(1, -1)
     variance = _variance(start)
     gram = jnp.einsum("qp,rp->qr", jacobian, jacobian, precision="highest")
     factor = jax.scipy.linalg.cho_factor(gram / variance + jnp.eye(len(theta)), lower=True)
-
-    def difference_at(theta):
-        return _difference(_model(generator, frame, theta), target)[0]
 
     def step_from(theta, difference):
         slope = jnp.einsum("qp,p->q", jacobian, difference.reshape(-1), precision="highest")
@@ -233,7 +242,7 @@ def _outer_step(generator, frame, target, theta, chords):
     def chord(carry):
         here, difference, _, count = carry
         here = here + step_from(here, difference)
-        return here, difference_at(here), jnp.mean(jnp.square(difference)), count + 1
+        return here, look(here), jnp.mean(jnp.square(difference)), count + 1
 
     def goes_on(carry):
         _, difference, before, count = carry
@@ -242,19 +251,12 @@ def _outer_step(generator, frame, target, theta, chords):
 
     begin = (theta, start, jnp.inf, 0)
     end, difference, _, count = jax.lax.while_loop(goes_on, chord, begin)
-    cost = _cost(start, theta, variance)
 
     def shorten():
-        trials = theta[None] + jnp.asarray(_SHRINK[1:])[:, None] * step_from(theta, start)[None]
-        differences = jax.lax.map(difference_at, trials)
-        costs = jax.vmap(partial(_cost, variance=variance))(differences, trials)
-        costs = jnp.where(jnp.isfinite(costs), costs, jnp.inf)
-        best = jnp.argmin(costs)
-        found = (trials[best], differences[best])
-        better = costs[best] < cost
-        return jax.tree.map(partial(jnp.where, better), found, (theta, start))
+        step = step_from(theta, start)
+        return _best_length(look, theta, start, step, variance, _SHRINK[1:])
 
-    improved = _cost(difference, end, variance) < cost
+    improved = _cost(difference, end, variance) < _cost(start, theta, variance)
     end, difference = jax.lax.cond(improved, lambda: (end, difference), shorten)
     square = jnp.mean(jnp.square(difference))
     soft = _soft_bits(frame, end, gram / jnp.maximum(square, _QUANTUM))
@@ -321,7 +323,8 @@ def lm(
     frame = whiten(space, strength=strength, code=code, nuisance=nuisance)
     n, bits = len(images), space.carrier.shape[1]
     theta = np.zeros((n, frame.nuisance + bits), np.float32)
-    theta[:, : frame.nuisance] = _start(frame, space, nearest(bank, images))
+    near = nearest(bank, images)
+    theta[:, : frame.nuisance] = fingerprint.whitened_nuisance(space, near, count=frame.nuisance)
     soft = np.full((n, bits), 0.5, np.float32)
     rms, evaluations = np.full(n, np.inf, np.float32), np.zeros(n)
 
@@ -354,17 +357,6 @@ def lm(
                 break
     w = _place(frame, jnp.asarray(theta))
     return Solution(soft, w, residual(generator, w, images), evaluations + 1)
-
-
-def _start(frame, space, latents):
-    """Whitened nuisance coordinates [n, free] of latents [n, d]; they give no bits."""
-    loud = jnp.einsum(
-        "nd,dm->nm",
-        latents - space.mean[None],
-        space.nuisance[:, : frame.nuisance],
-        precision="highest",
-    )
-    return loud / jnp.maximum(space.nuisance_stddev[None, : frame.nuisance], 1e-8)
 
 
 def _soft_bits(frame, theta, gram):

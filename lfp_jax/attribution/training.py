@@ -17,8 +17,6 @@ import optax
 from lfp_jax import attacks, fingerprint, sharding
 from lfp_jax.attribution import estimator as estimators
 
-_IN_JAX = {"jpeg": "jpeg_approximate"}  # the real codec runs on the host
-
 # Attacks of training, by the name of the suite (`lfp_jax.attacks.SUITES`) they prepare for:
 # (operation, its strength, mild, harsh), in the order in which the suite combines them. Training
 # draws between mild and harsh; harsh is what the suite states.
@@ -87,7 +85,7 @@ def degrade(key, image, *, chain, choice, amounts):
     image = _round_to_8_bits(image)
     for i, (operation, strength, mild, harsh) in enumerate(chain):
         options = {strength: mild + amounts[i] * (harsh - mild)}
-        function = attacks.FUNCTIONS[_IN_JAX.get(operation, operation)]
+        function = attacks.in_jax(operation)
         changed = function.one(jax.random.fold_in(key, i), image, **options)
         on = (choice == i + 1) | (choice > len(chain))
         image = jnp.where(on, jnp.clip(changed, -1.0, 1.0), image)
@@ -127,12 +125,8 @@ def draw_pairs(key, generator, space, start, *, n, design, chain, choice=None):
         amounts = jax.random.uniform(amount_key, (len(chain),))
         return degrade(key, image, chain=chain, choice=drawn, amounts=amounts)
 
-    spread = jnp.maximum(space.nuisance_stddev[: design.nuisance], 1e-8)
-    alpha = jnp.einsum(
-        "nd,dm->nm", latents - space.mean[None], space.nuisance[:, : design.nuisance],
-        precision="highest",
-    )  # fmt: skip
-    return Pairs(jax.vmap(attack)(keys, made), alpha / spread[None], bits)
+    theta = fingerprint.whitened_nuisance(space, latents, count=design.nuisance)
+    return Pairs(jax.vmap(attack)(keys, made), theta, bits)
 
 
 def loss_of(params, estimator, generator, space, pairs, *, bit_weight):

@@ -6,7 +6,6 @@ killed run that resumes equals the uninterrupted one, whatever the number of dev
 """
 
 import os
-import time
 from functools import partial
 
 import jax
@@ -20,6 +19,7 @@ from lfp_jax.errors import UserError, choose
 from lfp_jax.fingerprint import CODES
 from lfp_jax.logs import MetricLog, Progress, read_lines
 from lfp_jax.report import plots
+from lfp_jax.training.window import Window, check_intervals
 from lfp_jax.weights import store
 
 # The first fold of the seed is the basis, as in an experiment; the others lie beyond those that an
@@ -123,26 +123,24 @@ def train(
     # --- steps -----------------------------------------------------------------------------------
     if start < steps and first:
         log.truncate(start)
-    done, clock, clock_step, window = start, time.monotonic(), start, []
+    done, window = start, Window(start, batch=batch, digits=6)
     line = Progress(max(steps, start) * batch, unit="pairs", label="train", start=start * batch)
     with line if first else Silent() as progress:
         for step in range(start, steps):
             state, metrics = take_step(fold(_PAIRS), state, source, space, np.int32(step))
-            window.append(metrics)
+            window.add(metrics)
             done = step + 1
             last = done == steps
             if done % log_every == 0 or last:
-                record = _means(window)
-                rate = (done - clock_step) * batch / (time.monotonic() - clock)
+                record, rate = window.close(done)
                 if first:
-                    log.write(done, pairs=done * batch, **record, pairs_per_second=round(rate, 1))
+                    log.write(done, pairs=done * batch, **record, pairs_per_second=rate)
                 progress.update(done * batch, loss=record["loss"], bits=record["bit_accuracy"])
-                clock, clock_step, window = time.monotonic(), done, []
             if done % evaluate_every == 0 and not last:
                 found = measure(state.average)
                 if first:
                     log.write(done, pairs=done * batch, fresh=found)
-                clock, clock_step = time.monotonic(), done
+                window.restart_clock(done)
             if done % save_every == 0 or last:
                 store.save_step(manager, done, state)
     manager.close()
@@ -171,17 +169,7 @@ def _check(mesh, total_pairs, batch, strength, log_every, save_every, evaluate_p
         raise UserError(f"batch must divide by the devices; got {batch} over {mesh.size}.")
     if not strength > 0:
         raise UserError(f"strength must be > 0; got {strength}.")
-    if save_every % log_every:
-        # Else a resumed run would average its first line over fewer steps.
-        raise UserError(
-            f"save_every must be a multiple of log_every; got {save_every} and {log_every}."
-        )
-
-
-def _means(window):
-    """Average the metrics of some steps."""
-    columns = jax.tree.map(lambda *values: np.mean(values, dtype=np.float64), *window)
-    return {name: round(float(value), 6) for name, value in columns.items()}
+    check_intervals(log_every=log_every, save_every=save_every)
 
 
 def _bit_accuracies(of_batch, starts, attacks):

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import math
 import os
-import time
 from functools import partial
 
 import jax
@@ -25,6 +24,7 @@ from lfp_jax.metrics import distances, features
 from lfp_jax.report import plots
 from lfp_jax.training import data as faces
 from lfp_jax.training import gan_step
+from lfp_jax.training.window import Window, check_intervals
 from lfp_jax.weights import store
 
 NAME = "stylegan2-demo"  # of the generator, and of the store in the work folder
@@ -130,7 +130,7 @@ def train(
         log.truncate(start)
         pixels = _load_pixels(data, resolution)
         shown = image_files.shrink(pixels, size)
-    done, clock, clock_step, window = start, time.monotonic(), start, []
+    done, window = start, Window(start, batch=batch, digits=5)
     with Progress(max(steps, start) * batch, label="train", start=start * batch) as progress:
         for step in range(start, steps):
             if step == end:
@@ -145,14 +145,12 @@ def train(
                 hyper_now, penalise=step % r1_every == 0,
                 path=bool(path_weight) and step % path_every == 0,
             )  # fmt: skip
-            window.append(metrics)
+            window.add(metrics)
             done = step + 1
             last = done == steps
             if done % log_every == 0 or last:
-                record = _means(window)
-                rate = (done - clock_step) * batch / (time.monotonic() - clock)
-                clock, clock_step, window = time.monotonic(), done, []
-                log.write(done, images=done * batch, **record, images_per_second=round(rate, 1))
+                record, rate = window.close(done)
+                log.write(done, images=done * batch, **record, images_per_second=rate)
                 progress.update(done * batch, d=record["d_loss"], g=record["g_loss"])
             if done % grid_every == 0 and not last:
                 generator = averaged(state, hyper_now.arch)
@@ -206,11 +204,7 @@ def _at_resolution(hyper, size):
 def _check(arch, growth, total_images, log_every, save_every, fd_every, fd_images):
     if total_images < 1:
         raise UserError(f"total_images must be >= 1; got {total_images}.")
-    if save_every % log_every:
-        # Else a resumed run would average its first line over fewer steps.
-        raise UserError(
-            f"save_every must be a multiple of log_every; got {save_every} and {log_every}."
-        )
+    check_intervals(log_every=log_every, save_every=save_every)
     sizes = [size for size, _ in growth] + [arch.resolution]
     powers = [4 * 2**i for i in range(len(arch.channels))]
     if sizes != sorted(set(sizes)) or not set(sizes) <= set(powers):
@@ -233,16 +227,6 @@ def _load_pixels(data, resolution):
         height, width = pixels.shape[1:3]
         raise UserError(f"The pictures in '{data}' are {height}x{width}; resolution={resolution}.")
     return pixels
-
-
-def _means(window):
-    """Average each metric over the steps that have it."""
-    window = jax.device_get(window)
-    names = {name for metrics in window for name in metrics}
-    return {
-        name: round(float(np.mean([m[name] for m in window if name in m], dtype=np.float64)), 5)
-        for name in sorted(names)
-    }
 
 
 @jax.jit
