@@ -13,8 +13,60 @@ import numpy as np
 from lfp_jax.errors import UserError, choose
 from lfp_jax.fingerprint import CODES
 
+FALSE_POSITIVE_RATE = 1e-6  # that a user is named for an image nobody's key made, unless asked
 _CHECK_DIGITS = 4
 _GROUP = 4  # hex digits between hyphens
+
+
+def available(*, bits: int, code: str = "antipodal") -> int:
+    """Count the keys that `draw` draws from.
+
+    Args:
+        bits: k, length of a key.
+        code: "binary" leaves out keys with fewer than bits // 4 ones.
+
+    Raises:
+        UserError: bits below 1, or another code.
+    """
+    choose(code, CODES, "code")
+    if bits < 1:
+        raise UserError(f"Keys need bits >= 1; got {bits}.")
+    return 2**bits - sum(math.comb(bits, ones) for ones in range(_least_ones(bits, code)))
+
+
+def check_capacity(
+    *, bits: int, users: int, rate: float = FALSE_POSITIVE_RATE, code: str = "antipodal"
+) -> None:
+    """Refuse keys too short to tell so many users apart.
+
+    A key that did not make an image is any of the others, so even one that agrees in every bit does
+    so by chance with probability 1 / (available - 1), and one of `users` with that times users. If
+    that exceeds the rate, nobody can ever be named.
+
+    Args:
+        bits: k, length of a key.
+        users: how many keys an image is compared with.
+        rate: the false-positive rate asked for, over all users together.
+        code: "binary" or "antipodal".
+
+    Raises:
+        UserError: no match is possible (the line gives the arithmetic), or a rate outside 0..1.
+    """
+    if not 0.0 < rate < 1.0:
+        raise UserError(f"A false-positive rate must be between 0 and 1; got {rate}.")
+    others = available(bits=bits, code=code) - 1
+    most = math.floor(rate * others)
+    if users <= most:
+        return
+    enough = bits
+    while users > rate * (available(bits=enough, code=code) - 1):
+        enough += 1
+    remedy = f"at least {enough} bits" + (f", or at most {most:,} users" if most else "")
+    raise UserError(
+        f"No match is possible with {bits} bits and {users:,} users: even if all {bits} agree, "
+        f"chance does as well with probability {users:,} / {others:,} = {users / others:.2g}, above "
+        f"the false-positive rate {rate:g}. Use {remedy}."
+    )
 
 
 def draw(n: int, *, bits: int, code: str = "antipodal") -> np.ndarray:
@@ -36,19 +88,17 @@ def draw(n: int, *, bits: int, code: str = "antipodal") -> np.ndarray:
     Raises:
         UserError: there are fewer than n such keys, or another code.
     """
-    choose(code, CODES, "code")
     if bits < 1 or n < 0:
         raise UserError(f"A draw needs bits >= 1 and n >= 0; got bits {bits}, n {n}.")
-    least = bits // 4 if code == "binary" else 0
-    available = 2**bits - sum(math.comb(bits, ones) for ones in range(least))
-    if n > available:
-        raise UserError(f"n must be <= {available:,}, all {code} keys of {bits} bits; got {n:,}.")
-    found = {}  # in the order drawn
-    while len(found) < n:
-        for key in _random_bits(n - len(found), bits):
-            if key.sum() >= least:
-                found[key.tobytes()] = key
-    return np.array(list(found.values()), np.uint8).reshape(n, bits)
+    most = available(bits=bits, code=code)
+    if n > most:
+        raise UserError(f"n must be <= {most:,}, all {code} keys of {bits} bits; got {n:,}.")
+    drawn = np.zeros((0, bits), np.uint8)
+    while len(drawn) < n:
+        more = _random_bits(n - len(drawn), bits)
+        more = more[more.sum(axis=1) >= _least_ones(bits, code)]
+        drawn = _without_copies(np.concatenate([drawn, more]))
+    return drawn
 
 
 def to_hex(key: np.ndarray) -> str:
@@ -105,6 +155,21 @@ def _random_bits(n, bits):
     width = -(-bits // 8)
     data = np.frombuffer(secrets.token_bytes(n * width), np.uint8).reshape(n, width)
     return np.unpackbits(data, axis=1, count=bits)
+
+
+def _least_ones(bits, code):
+    return bits // 4 if code == "binary" else 0
+
+
+def _without_copies(drawn):
+    """Drop the later ones of equal keys [n, k], in a second for a million."""
+    packed = np.packbits(drawn, axis=1)
+    words = np.pad(packed, ((0, 0), (0, -packed.shape[1] % 8))).view(np.uint64)
+    order = np.lexsort(words.T)  # stable: of equal keys the first drawn comes first
+    words = words[order]
+    keep = np.ones(len(drawn), bool)
+    keep[order[1:][(words[1:] == words[:-1]).all(axis=1)]] = False
+    return drawn[keep]
 
 
 def _digits(bits):

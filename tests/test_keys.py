@@ -91,3 +91,28 @@ def test_bounds_of_a_draw():
         keys.draw(1, bits=0)
     with pytest.raises(UserError, match="Unknown code 'binery'. Did you mean 'binary'"):
         keys.draw(1, bits=8, code="binery")
+
+
+def test_available_counts_what_draw_draws_from():
+    assert keys.available(bits=8) == 256
+    assert keys.available(bits=8, code="binary") == 247
+    with pytest.raises(UserError, match="bits >= 1; got 0"):
+        keys.available(bits=0)
+
+
+def test_keys_too_short_for_the_users_are_refused_with_the_arithmetic():
+    keys.check_capacity(bits=64, users=10**6)
+    keys.check_capacity(bits=32, users=4294)
+    line = (
+        r"32 bits and 100,000 users: .* 100,000 / 4,294,967,295 = 2.3e-05, above the "
+        r"false-positive rate 1e-06. Use at least 37 bits, or at most 4,294 users."
+    )
+    with pytest.raises(UserError, match=line):
+        keys.check_capacity(bits=32, users=10**5)
+    keys.check_capacity(bits=37, users=10**5)
+    with pytest.raises(UserError, match="No match is possible"):
+        keys.check_capacity(bits=32, users=4295)
+    with pytest.raises(UserError, match="Use at least 24 bits.$"):  # not even one user
+        keys.check_capacity(bits=8, users=10)
+    with pytest.raises(UserError, match="between 0 and 1; got 0"):
+        keys.check_capacity(bits=64, users=1, rate=0.0)
