@@ -142,18 +142,18 @@ def loss(name: str, *, levels: int = 4, network: Features | None = None, params:
 
     Args:
         name: "mse"; "laplacian", a pyramid of `levels`; "classifier", mean squared difference of
-            the features of a network.
+            the features of a network; "lpips", squared difference of such features.
         levels: of the pyramid.
         network: (params, images [n, H, W, C]) -> features [n, ...], for "classifier"; a function
-            at module level, so that jit knows it again.
-        params: of the network.
+            at module level, so that jit knows it again. For "lpips": `lpips.features`.
+        params: of the network; for "lpips" what `lpips.load` gives.
 
     Raises:
-        UserError: an unknown name, or "classifier" without a network.
+        UserError: an unknown name, or a loss on features without a network.
     """
     choose(name, _FEATURES, "loss")
-    if name == "classifier" and network is None:
-        raise UserError("The loss 'classifier' needs a network; got None.")
+    if name in _ON_NETWORKS and network is None:
+        raise UserError(f"The loss '{name}' needs a network; got None.")
     return Loss(params=params, name=name, levels=levels, network=network)
 
 
@@ -166,15 +166,21 @@ def _pyramid_features(chosen, image):
 
 
 def _network_features(chosen, image):
-    features = chosen.network(chosen.params, image[None]).ravel()
+    return chosen.network(chosen.params, image[None]).ravel()
+
+
+def _mean_network_features(chosen, image):
+    features = _network_features(chosen, image)
     return features / math.sqrt(features.size)
 
 
 _FEATURES = {
     "mse": _mse_features,
     "laplacian": _pyramid_features,
-    "classifier": _network_features,
+    "classifier": _mean_network_features,
+    "lpips": _network_features,
 }
+_ON_NETWORKS = ("classifier", "lpips")
 NAMES = tuple(_FEATURES)  # of the losses
 
 
