@@ -5,6 +5,7 @@ source: a key must not be guessable, and the p-value of a match counts on unifor
 """
 
 import binascii
+import fractions
 import math
 import secrets
 
@@ -54,18 +55,18 @@ def check_capacity(
     """
     if not 0.0 < rate < 1.0:
         raise UserError(f"A false-positive rate must be between 0 and 1; got {rate}.")
+    rate = fractions.Fraction(rate)  # times a count of keys that no float can hold
     others = available(bits=bits, code=code) - 1
-    most = math.floor(rate * others)
-    if users <= most:
+    if users <= rate * others:
         return
-    enough = bits
+    most, enough = math.floor(rate * others), bits
     while users > rate * (available(bits=enough, code=code) - 1):
         enough += 1
     remedy = f"at least {enough} bits" + (f", or at most {most:,} users" if most else "")
     raise UserError(
         f"No match is possible with {bits} bits and {users:,} users: even if all {bits} agree, "
-        f"chance does as well with probability {users:,} / {others:,} = {users / others:.2g}, above "
-        f"the false-positive rate {rate:g}. Use {remedy}."
+        f"chance does as well with probability {users:,} / {others:,} = {users / others:.2g}, "
+        f"above the false-positive rate {float(rate):g}. Use {remedy}."
     )
 
 

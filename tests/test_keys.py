@@ -102,6 +102,7 @@ def test_available_counts_what_draw_draws_from():
 
 def test_keys_too_short_for_the_users_are_refused_with_the_arithmetic():
     keys.check_capacity(bits=64, users=10**6)
+    keys.check_capacity(bits=12_288, users=10**6)  # 2 ** 12,288 is beyond any float
     keys.check_capacity(bits=32, users=4294)
     line = (
         r"32 bits and 100,000 users: .* 100,000 / 4,294,967,295 = 2.3e-05, above the "
