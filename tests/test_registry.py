@@ -282,12 +282,12 @@ def test_an_older_schema_is_brought_up_to_date_and_a_newer_one_refused(path, reg
     [("max_page_count = 1", "the disk is full"), ("query_only = 1", "is read-only")],
 )
 def test_a_failed_write_leaves_nothing(registry, pragma, message):
-    registry._database.rows(f"PRAGMA {pragma}")
+    registry._database.rows(f"PRAGMA {pragma}", ())
     with pytest.raises(UserError, match=f"registry.db' .*{message}.*Nothing of this change"):
         registry.register([f"u{i}" for i in range(2000)], design=1)
-    registry._database.rows("PRAGMA query_only = 0")
+    registry._database.rows("PRAGMA query_only = 0", ())
     assert len(registry.packed_keys(design=1).ids) == 0
-    assert registry._database.row("SELECT count(*) FROM users") == (0,)
+    assert registry._database.row("SELECT count(*) FROM users", ()) == (0,)
 
 
 def test_a_locked_registry_is_named(path, registry, monkeypatch):
@@ -306,7 +306,7 @@ def _write(path, number):
     with Registry(path, create=True) as registry:
         design = registry.add_design(POINT)
         # Locks are the same; only power cuts, which no test makes, are another matter.
-        registry._database.rows("PRAGMA synchronous = OFF")
+        registry._database.rows("PRAGMA synchronous = OFF", ())
         with_all = f"shared-{number % 2}"
         with contextlib.suppress(UserError):  # a sibling was quicker
             registry.register([with_all], design=design)

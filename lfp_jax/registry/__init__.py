@@ -94,7 +94,8 @@ class Registry:
         """List the design points by number."""
         rows = self._database.rows(
             "SELECT bases.id, name, generators.sha256, bases.sha256, bits, shift, strength, code, "
-            "location FROM bases JOIN generators ON generators.id = generator ORDER BY bases.id"
+            "location FROM bases JOIN generators ON generators.id = generator ORDER BY bases.id",
+            (),
         )
         return {number: DesignPoint(*fields) for number, *fields in rows}
 
@@ -163,15 +164,10 @@ class Registry:
         return key
 
     def key_by_id(self, number: int) -> Key:
-        """Get a key that `packed_keys` numbered, revoked or not.
-
-        Raises:
-            UserError: no such key.
-        """
-        found = self._keys("WHERE keys.id = ?", (int(number),))
-        if not found:
-            raise UserError(f"There is no key number {number}.")
-        return found[0]
+        """Get a key by its number, revoked or not; a UserError if there is none."""
+        for key in self._keys("WHERE keys.id = ?", (int(number),)):
+            return key
+        raise UserError(f"There is no key number {number}.")
 
     def revoke(self, user: str, *, design: int) -> None:
         """Revoke a user's key: no issue follows, and images are matched with it only if asked.
@@ -323,7 +319,9 @@ class Registry:
 
     def _check_room(self, n, design, point, rate):
         """Check that n more users can be told apart, and that there are n unused keys."""
-        most = (self._database.row("SELECT max(id) FROM keys")[0] or 0) + n  # quicker than counting
+        most = (
+            self._database.row("SELECT max(id) FROM keys", ())[0] or 0
+        ) + n  # quicker than counting
         options = {"bits": point.bits, "code": point.code}
         try:
             keys.check_capacity(users=most, rate=rate, **options)
@@ -364,9 +362,9 @@ class Registry:
         name = _normal(user)
         if self._database.rows("SELECT 1 FROM users WHERE name = ?", (name,)):
             return
-        [count] = self._database.row("SELECT count(*) FROM users")
+        [count] = self._database.row("SELECT count(*) FROM users", ())
         if count <= _FEW:
-            rows = self._database.rows("SELECT name FROM users")
+            rows = self._database.rows("SELECT name FROM users", ())
         else:
             below = "SELECT name FROM users WHERE name < ? ORDER BY name DESC LIMIT ?"
             above = "SELECT name FROM users WHERE name > ? ORDER BY name LIMIT ?"

@@ -103,7 +103,7 @@ class Database:
     def transaction(self) -> Iterator[None]:
         """Do all or nothing; other processes' changes wait meanwhile."""
         with _in_words(self._path):
-            self._execute("BEGIN IMMEDIATE")
+            self._execute("BEGIN IMMEDIATE", ())
             try:
                 yield
                 self._db.execute("COMMIT")
@@ -112,12 +112,12 @@ class Database:
                     self._db.execute("ROLLBACK")
                 raise
 
-    def rows(self, sql: str, values: Any = ()) -> list[tuple]:
+    def rows(self, sql: str, values: Any) -> list[tuple]:
         """Run a statement; all rows of its answer."""
         with _in_words(self._path):
             return self._execute(sql, values).fetchall()
 
-    def row(self, sql: str, values: Any = ()) -> tuple:
+    def row(self, sql: str, values: Any) -> tuple:
         """Run a statement; the one row of its answer."""
         [row] = self.rows(sql, values)
         return row
@@ -136,7 +136,7 @@ class Database:
             self._db.executemany(sql, values)
             return self._db.total_changes - before
 
-    def _execute(self, sql, values=()):
+    def _execute(self, sql, values):
         """Run a statement, waiting for our turn.
 
         SQLite's own waiting sleeps ever longer: of eight busy writers it starved one for 30 s.
@@ -153,12 +153,13 @@ class Database:
 
     def _prepare(self, create):
         """Check whose file it is, and bring its schema up to date."""
-        self._execute("PRAGMA foreign_keys = ON")
-        self._execute("PRAGMA synchronous = FULL")  # a key handed out is on disk
-        self._execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+        self._execute("PRAGMA foreign_keys = ON", ())
+        self._execute("PRAGMA synchronous = FULL", ())  # a key handed out is on disk
+        self._execute(f"PRAGMA cache_size = -{_CACHE_KIB}", ())
         application, version, tables = self.row(
             "SELECT application_id, user_version, (SELECT count(*) FROM sqlite_master) "
-            "FROM pragma_application_id, pragma_user_version"
+            "FROM pragma_application_id, pragma_user_version",
+            (),
         )
         if application != _APPLICATION and (application or version or tables):
             raise UserError(f"'{self._path}' is not a registry: another program made it.")
@@ -169,13 +170,13 @@ class Database:
                 f"'{self._path}' is a registry of schema {version}; this program knows schemas up "
                 f"to {len(_MIGRATIONS)}. Update lfp_jax."
             )
-        self._execute("PRAGMA journal_mode = WAL")
+        self._execute("PRAGMA journal_mode = WAL", ())
         if version < len(_MIGRATIONS):
             self._migrate()
 
     def _migrate(self):
         with self.transaction():
-            [version] = self.row("PRAGMA user_version")  # another process may have been quicker
+            [version] = self.row("PRAGMA user_version", ())  # another process may have been quicker
             for statements in _MIGRATIONS[version:]:
                 for statement in statements:
                     self._db.execute(statement)
