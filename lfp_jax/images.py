@@ -4,6 +4,7 @@ Float images are [n, H, W, C], nominally in [-1, 1]; `u8` arrays and files hold 
 here runs on the host in float32: one rounding rule, the same on every machine.
 """
 
+import hashlib
 import io
 import os
 
@@ -13,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from lfp_jax.errors import UserError
 
 _MOST_PIXELS = 64_000_000  # 8000 x 8000: above this a file is taken for a decompression bomb
+_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 _BOMBS = (Image.DecompressionBombWarning, Image.DecompressionBombError)
 
 
@@ -131,6 +133,50 @@ def read(path: str | os.PathLike) -> np.ndarray:
         UserError: the file is missing, no image, damaged, or larger than 64 million pixels.
     """
     return _decode(os.fspath(path), f"'{os.fspath(path)}'", formats=None, grey=False)
+
+
+def find(folder: str | os.PathLike) -> list[str]:
+    """List the image files of a folder and the folders in it, by their extensions.
+
+    Hidden files and folders are left out.
+
+    Returns:
+        Paths, sorted by their place in the folder: the same order on every machine.
+
+    Raises:
+        UserError: no such folder, or no image in it.
+    """
+    folder = os.fspath(folder)
+    if not os.path.isdir(folder):
+        raise UserError(f"No such folder of images: '{folder}'.")
+    places = []
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        places += [
+            os.path.relpath(os.path.join(root, name), folder).split(os.sep)
+            for name in names
+            if name.lower().endswith(_EXTENSIONS) and not name.startswith(".")
+        ]
+    if not places:
+        kinds = ", ".join(_EXTENSIONS)
+        raise UserError(f"'{folder}' holds no image: no file ends in {kinds}.")
+    return [os.path.join(folder, *place) for place in sorted(places)]
+
+
+def digest(paths: list[str]) -> str:
+    """Compute the SHA-256 over the contents of files, in any order and under any names.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    digests = []
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise UserError(f"Cannot read '{path}': {error.strerror}.") from None
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
 def grid(images: np.ndarray, *, columns: int, margin: int = 2) -> np.ndarray:

@@ -184,3 +184,26 @@ def test_grid_places_images_in_reading_order():
     assert sheet[4, 1].tolist() == [191, 191, 191]
     assert sheet[4, 5].tolist() == [255, 255, 255]  # no fourth image
     assert images.enlarge(sheet, 2).shape == (14, 18, 3)
+
+
+def test_a_folder_is_listed_in_one_order(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    for place in ("c.JPG", "a.png", "b/z.webp", "b/a.txt", ".hidden/d.png", ".e.png"):
+        (tmp_path / place).write_bytes(place.encode())
+    found = images.find(tmp_path)
+    assert [os.path.relpath(path, tmp_path) for path in found] == ["a.png", "b/z.webp", "c.JPG"]
+    with pytest.raises(UserError, match="No such folder of images: '.*nowhere'"):
+        images.find(tmp_path / "nowhere")
+
+
+def test_a_digest_is_of_contents(tmp_path):
+    paths = [str(tmp_path / name) for name in "abc"]
+    for path, content in zip(paths, (b"1", b"2", b"3"), strict=True):
+        with open(path, "wb") as file:
+            file.write(content)
+    whole = images.digest(paths)
+    assert images.digest(paths[::-1]) == whole
+    assert len({whole, images.digest(paths[:2]), images.digest([*paths, paths[0]])}) == 3
+    with pytest.raises(UserError, match="Cannot read '.*/d': No such file"):
+        images.digest([str(tmp_path / "d")])

@@ -1,12 +1,11 @@
 """LPIPS against recorded values, against plain numpy, and as a loss; its files read strictly."""
 
-import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import manifest
 import numpy as np
-import pickle_writer as pw
 import pytest
 
 from lfp_jax.errors import UserError
@@ -25,24 +24,6 @@ ALEX = [
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 layer_distances = jax.vmap(lpips.layer_distances, in_axes=(None, 0, 0))
-
-
-def _write(path, tensors):
-    """Write a state dict as torch does."""
-    torch = pw.Torch()
-    path.write_bytes(torch.zip(pw.mapping({k: torch.tensor(v) for k, v in tensors.items()})))
-    return path
-
-
-def _from_manifest(path):
-    """Draw the tensors that a manifest describes."""
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    tensors = {}
-    for i, (name, shape, kind, a, b) in enumerate(manifest["tensors"]):
-        assert kind == "normal"
-        drawn = np.random.RandomState(manifest["seed"] + i).standard_normal(shape)
-        tensors[name] = (a + b * drawn).astype(np.float32)
-    return tensors
 
 
 def _alex_tensors():
@@ -71,8 +52,8 @@ def squeeze():
 @pytest.fixture(scope="module")
 def vgg(tmp_path_factory):
     """The network of the recorded values."""
-    tensors = _from_manifest(GOLDEN / "vgg" / "backbone_manifest.json")
-    path = _write(tmp_path_factory.mktemp("vgg") / "vgg16.pth", tensors)
+    tensors = manifest.draw(GOLDEN / "vgg" / "backbone_manifest.json")
+    path = manifest.write(tmp_path_factory.mktemp("vgg") / "vgg16.pth", tensors)
     return lpips.load("vgg", backbone=path, heads=GOLDEN / "vgg" / "lin.pth")
 
 
@@ -107,7 +88,9 @@ def test_golden_odd_sizes(network, pictures, request):
 def test_alex_is_its_definition(tmp_path):
     tensors, heads = _alex_tensors()
     model = lpips.load(
-        "alex", backbone=_write(tmp_path / "a", tensors), heads=_write(tmp_path / "h", heads)
+        "alex",
+        backbone=manifest.write(tmp_path / "a", tensors),
+        heads=manifest.write(tmp_path / "h", heads),
     )
     x, y = np.random.default_rng(6).uniform(-1, 1, (2, 33, 41, 3)).astype(np.float32)
     found = lpips.layer_distances(model, x, y)
@@ -230,14 +213,14 @@ def _damaged(what):
     ],
 )
 def test_a_backbone_is_read_strictly(what, message, tmp_path):
-    path = _write(tmp_path / "net.pth", _damaged(what))
+    path = manifest.write(tmp_path / "net.pth", _damaged(what))
     with pytest.raises(UserError, match=message):
         lpips.load("squeeze", backbone=path, heads=GOLDEN / "squeeze" / "lin.pth")
 
 
 def test_torchvision_classifiers_are_passed_over(tmp_path, squeeze):
     tensors = _damaged("half a classifier") | {"classifier.1.bias": np.zeros(1000, np.float16)}
-    path = _write(tmp_path / "net.pth", tensors)
+    path = manifest.write(tmp_path / "net.pth", tensors)
     model = lpips.load("squeeze", backbone=path, heads=GOLDEN / "squeeze" / "lin.pth")
     jax.tree.map(np.testing.assert_array_equal, model, squeeze)
 

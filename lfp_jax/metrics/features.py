@@ -4,6 +4,7 @@ Its pooled features give the Fréchet distance ("FD, demo classifier") and a per
 are float32 [n, 64, 64, 3], nominally in [-1, 1]; computed in float32 at HIGHEST precision.
 """
 
+from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
@@ -23,6 +24,7 @@ WIDTHS = (24, 48, 96, 128)  # channels at 32x32, 16x16, 8x8, 4x4; the last are t
 _HE = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
 
 Choices = tuple[tuple[str, tuple[str, ...]], ...]
+Network = Callable[[Any, jax.Array], jax.Array]  # (model, images [n, H, W, C]) -> [n, f]
 
 
 class FeatureNet(nn.Module):
@@ -205,9 +207,28 @@ def features_in_batches(
     Returns:
         float32 [n, 128].
     """
+    return in_batches(features, classifier, images, batch=batch)
+
+
+def in_batches(network: Network, model: Any, images: np.ndarray, *, batch: int) -> np.ndarray:
+    """Apply a feature network to many images, a batch at a time.
+
+    Args:
+        network: (model, images [batch, H, W, C] in [-1, 1]) -> features [batch, f]. It sees no
+            other number of images where there are more than one batch: it is compiled once.
+        model: the network's params.
+        images: host array [n, H, W, C], uint8 or float in [-1, 1], n at least 1.
+        batch: images at once; bounds the memory.
+
+    Returns:
+        float32 [n, f].
+    """
     rows = []
     for start in range(0, len(images), batch):
         chunk = images[start : start + batch]
+        count = len(chunk)
+        if start and count < batch:
+            chunk = np.concatenate([chunk, np.repeat(chunk[-1:], batch - count, axis=0)])
         chunk = image_files.from_uint8(chunk) if chunk.dtype == np.uint8 else chunk
-        rows.append(np.asarray(features(classifier, chunk)))
+        rows.append(np.asarray(network(model, chunk))[:count])
     return np.concatenate(rows)
