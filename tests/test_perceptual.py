@@ -206,6 +206,8 @@ def test_mistakes_name_the_value_and_the_choices():
         perceptual.loss("laplace")
     with pytest.raises(UserError, match="'classifier' needs a network; got None"):
         perceptual.loss("classifier")
+    with pytest.raises(UserError, match="'lpips' needs a network; got None"):
+        perceptual.loss("lpips")
     with pytest.raises(UserError, match=r"levels must be 1..4 for images of 8 x 20; got 5"):
         perceptual.laplacian_features(jnp.zeros((8, 20, 3)), levels=5)
     with pytest.raises(ValueError, match="at least 8 x 8; got 7 x 9"):

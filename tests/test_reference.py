@@ -157,13 +157,13 @@ def test_two_processes_equal_one(tmp_path, cache, pytestconfig):
         for i in range(2)
     ]  # fmt: skip
     try:
-        answers = [process.communicate(timeout=300)[0] for process in running]
+        said = [process.communicate(timeout=300)[0] for process in running]
     finally:
         for process in running:
             process.kill()
     mean, covariance = distances.moments(rows)
-    for answer in answers:
-        images_seen, found_mean, found_covariance = json.loads(answer.splitlines()[-1])
+    answers = [json.loads(text.splitlines()[-1]) for text in said]
+    for images_seen, found_mean, found_covariance in answers:
         assert images_seen == 7
         np.testing.assert_allclose(found_mean, mean, atol=1e-6)
         np.testing.assert_allclose(found_covariance, covariance, atol=1e-6)
