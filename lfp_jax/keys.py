@@ -8,6 +8,7 @@ import binascii
 import fractions
 import math
 import secrets
+from collections.abc import Callable
 
 import numpy as np
 
@@ -70,7 +71,13 @@ def check_capacity(
     )
 
 
-def draw(n: int, *, bits: int, code: str = "antipodal") -> np.ndarray:
+def draw(
+    n: int,
+    *,
+    bits: int,
+    code: str = "antipodal",
+    source: Callable[[int], bytes] = secrets.token_bytes,
+) -> np.ndarray:
     """Draw keys, no two alike.
 
     Under the `binary` code a key with fewer than bits // 4 ones is drawn again, since an image
@@ -82,6 +89,8 @@ def draw(n: int, *, bits: int, code: str = "antipodal") -> np.ndarray:
         n: how many keys.
         bits: k, length of a key.
         code: "binary" or "antipodal", the form in which they will be injected.
+        source: gives so many random bytes. Users' keys take the default; another one, with a seed,
+            is for decoys.
 
     Returns:
         uint8 [n, k].
@@ -96,10 +105,11 @@ def draw(n: int, *, bits: int, code: str = "antipodal") -> np.ndarray:
         raise UserError(f"n must be <= {most:,}, all {code} keys of {bits} bits; got {n:,}.")
     drawn = np.zeros((0, bits), np.uint8)
     while len(drawn) < n:
-        more = _random_bits(n - len(drawn), bits)
+        # Many at once, though few be missing: the last of all keys takes ever so many draws.
+        more = _random_bits(max(n - len(drawn), n // 8), bits, source)
         more = more[more.sum(axis=1) >= _least_ones(bits, code)]
         drawn = _without_copies(np.concatenate([drawn, more]))
-    return drawn
+    return drawn[:n]
 
 
 def to_hex(key: np.ndarray) -> str:
@@ -151,10 +161,9 @@ def from_hex(text: str, *, bits: int) -> np.ndarray:
     return key[:bits]
 
 
-def _random_bits(n, bits):
-    """Give uniform bits [n, bits] from the operating system."""
+def _random_bits(n, bits, source):
     width = -(-bits // 8)
-    data = np.frombuffer(secrets.token_bytes(n * width), np.uint8).reshape(n, width)
+    data = np.frombuffer(source(n * width), np.uint8).reshape(n, width)
     return np.unpackbits(data, axis=1, count=bits)
 
 
