@@ -35,6 +35,7 @@ _STALLED = 0.99  # an outer step that leaves more of the residual than this has 
 _SHRINK = (1.0, 0.5, 0.25, 0.1)  # step lengths tried where a full step may fail
 _SETTLED = 0.98  # a chord step that leaves more of the residual than this is the last one
 _CPU_UNROLL = 10  # on CPU a gradient inside a scan runs five times slower than unrolled
+_SHIFT = 3e-6  # of the trace: above what float32 loses in a product of many rows
 _TINY = 1e-20  # keeps a quotient of a solved system finite
 _THUMBNAIL = 16
 
@@ -80,14 +81,14 @@ def make_bank(key, generator, *, size, batch=256):
     return Bank(jnp.asarray(latents), jnp.asarray(small))
 
 
-@jax.jit
-def nearest(bank, images):
-    """Find the latents [n, d] of the bank whose thumbnails are nearest to the images'."""
+@partial(jax.jit, static_argnames=("count",))
+def nearest(bank, images, *, count=1):
+    """Find the latents [n, count, d] of the bank whose thumbnails are nearest to the images'."""
     small = thumbnails(images)
     distance = jnp.sum(jnp.square(bank.thumbnails), axis=1)[None] - 2.0 * jnp.einsum(
         "nt,bt->nb", small, bank.thumbnails, precision="highest"
     )
-    return bank.latents[jnp.argmin(distance, axis=1)]
+    return bank.latents[jax.lax.top_k(-distance, count)[1]]
 
 
 class _Directions(flax.struct.PyTreeNode):
@@ -153,7 +154,7 @@ def _look(generator, frame, target, theta):
 def _best_length(look, theta, here, step, variance, lengths):
     """Go the best of some lengths along a step, or stay; give theta and its difference."""
     trials = theta[None] + jnp.asarray(lengths)[:, None] * step[None]
-    differences = jnp.concatenate([here[None], jax.lax.map(look, trials)])
+    differences = jnp.concatenate([here[None], jax.vmap(look)(trials)])
     trials = jnp.concatenate([theta[None], trials])
     costs = jax.vmap(partial(_cost, variance=variance))(differences, trials)
     best = jnp.argmin(jnp.where(jnp.isfinite(costs), costs, jnp.inf))
@@ -196,19 +197,18 @@ def _conjugate_gradients(generator, frame, targets, theta, carry, *, iterations,
 
 @jax.jit
 def _best_lengths(generator, frame, targets, theta, steps):
-    """Go the best of a few lengths along the steps of a batch; give theta and its residual."""
+    """Go the best of a few lengths along the steps of a batch."""
 
     def go(theta, target, step):
         look = partial(_look, generator, frame, target)
         here = look(theta)
-        theta, difference = _best_length(look, theta, here, step, _variance(here), _SHRINK)
-        return theta, jnp.sqrt(jnp.mean(jnp.square(difference)))
+        return _best_length(look, theta, here, step, _variance(here), _SHRINK)[0]
 
     return jax.vmap(go)(theta, targets, steps)
 
 
 def _descend(generator, frame, targets, theta, iterations):
-    """Make one step by conjugate gradients; give theta, residual and evaluations."""
+    """Make one step by conjugate gradients; give theta and evaluations."""
     unroll = jax.default_backend() == "cpu"
     chunk = _CPU_UNROLL if unroll else iterations
     carry, calls = None, range(0, iterations, chunk)
@@ -217,60 +217,121 @@ def _descend(generator, frame, targets, theta, iterations):
             generator, frame, targets, theta, carry,
             iterations=min(chunk, iterations - done), unroll=unroll,
         )  # fmt: skip
-    theta, rms = _best_lengths(generator, frame, targets, theta, carry[0])
+    theta = _best_lengths(generator, frame, targets, theta, carry[0])
     # Each call places the images anew; a slope counts 2, an iteration 3.
-    return theta, rms, len(calls) + 2 + 3 * iterations + 1 + len(_SHRINK)
+    return np.asarray(theta), len(calls) + 2 + 3 * iterations + 1 + len(_SHRINK)
 
 
 # --- near: one Jacobian and chord steps ----------------------------------------------------------
 
 
-def _outer_step(generator, frame, target, theta, chords):
-    """One Jacobian and chord steps for one image: theta, soft bits, residual, evaluations."""
-    image, jacobian = _jacobian(generator, frame, theta)
-    look = partial(_look, generator, frame, target)
-    start, live = _difference(image, target)
-    jacobian = jacobian * live.reshape(1, -1)
-    variance = _variance(start)
-    gram = jnp.einsum("qp,rp->qr", jacobian, jacobian, precision="highest")
-    factor = jax.scipy.linalg.cho_factor(gram / variance + jnp.eye(len(theta)), lower=True)
+@jax.jit
+def _linearise(generator, frame, targets, theta):
+    """Differences [n, H, W, C] and Jacobians [n, q, H * W * C], zero at pixels out of play."""
 
-    def step_from(theta, difference):
-        slope = jnp.einsum("qp,p->q", jacobian, difference.reshape(-1), precision="highest")
-        return -jax.scipy.linalg.cho_solve(factor, slope / variance + theta)
+    def one(target, theta):
+        image, jacobian = _jacobian(generator, frame, theta)
+        difference, live = _difference(image, target)
+        return difference, jacobian * live.reshape(1, -1)
 
-    def chord(carry):
-        here, difference, _, count = carry
-        here = here + step_from(here, difference)
-        return here, look(here), jnp.mean(jnp.square(difference)), count + 1
-
-    def goes_on(carry):
-        _, difference, before, count = carry
-        falls = jnp.mean(jnp.square(difference)) < _SETTLED**2 * before
-        return (count < chords) & ((count < 2) | falls)
-
-    begin = (theta, start, jnp.inf, 0)
-    end, difference, _, count = jax.lax.while_loop(goes_on, chord, begin)
-
-    def shorten():
-        step = step_from(theta, start)
-        return _best_length(look, theta, start, step, variance, _SHRINK[1:])
-
-    improved = _cost(difference, end, variance) < _cost(start, theta, variance)
-    end, difference = jax.lax.cond(improved, lambda: (end, difference), shorten)
-    square = jnp.mean(jnp.square(difference))
-    soft = _soft_bits(frame, end, gram / jnp.maximum(square, _QUANTUM))
-    padded = len(theta) + -len(theta) % _CHUNK
-    spent = 1 + padded + count + jnp.where(improved, 0, len(_SHRINK) - 1)
-    return end, soft, jnp.sqrt(square), spent
+    return jax.vmap(one)(targets, theta)
 
 
-@partial(jax.jit, static_argnames=("chords",))
-def _outer_steps(generator, frame, targets, theta, *, chords):
-    """The outer step for a batch [n, ...] of images, one after the other (memory)."""
-    return jax.lax.map(
-        lambda each: _outer_step(generator, frame, each[0], each[1], chords), (targets, theta)
-    )
+def _gram(a):
+    return jnp.einsum("qp,rp->qr", a, a, precision="highest")
+
+
+@jax.jit
+def _factors(jacobians):
+    """Lower triangular factors [n, q, q] of J^T J / _QUANTUM + I, from rows J [n, q, p].
+
+    The product spans more than float32 holds, and its Cholesky factor would often be NaN. So that
+    of a shifted product first, which makes the rows nearly orthogonal, and then that of the new
+    product: shifted CholeskyQR (Fukaya et al., SIAM J. Sci. Comput. 2020), all matrix products.
+    """
+
+    def one(jacobian):
+        unit = jnp.eye(len(jacobian))
+        rows = jnp.concatenate([jacobian / _QUANTUM**0.5, unit], axis=1)
+        product = _gram(rows)
+        first = jnp.linalg.cholesky(product + _SHIFT * jnp.trace(product) * unit)
+        inverse = jax.scipy.linalg.solve_triangular(first, unit, lower=True)
+        rows = jnp.einsum("qr,rp->qp", inverse, rows, precision="highest")
+        return jnp.einsum("qr,rs->qs", first, jnp.linalg.cholesky(_gram(rows)), precision="highest")
+
+    return jax.vmap(one)(jacobians)
+
+
+def _damp(factor, variance):
+    """Lower triangular factor of J^T J / variance + I from that at the variance of rounding."""
+    share = _QUANTUM / variance
+    unit = jnp.eye(len(factor))
+    stacked = [jnp.sqrt(share) * factor.T, jnp.sqrt(jnp.maximum(1.0 - share, 0.0)) * unit]
+    return jnp.linalg.qr(jnp.concatenate(stacked), mode="r").T
+
+
+@jax.jit
+def _chord(generator, frame, targets, theta, differences, jacobians, damped, variances):
+    """Make one full step with the Jacobians at hand; give theta and the differences there."""
+
+    def one(target, theta, difference, jacobian, damped, variance):
+        step = _newton(theta, difference, jacobian, damped, variance)
+        return theta + step, _look(generator, frame, target, theta + step)
+
+    return jax.vmap(one)(targets, theta, differences, jacobians, damped, variances)
+
+
+def _newton(theta, difference, jacobian, damped, variance):
+    slope = jnp.einsum("qp,p->q", jacobian, difference.reshape(-1), precision="highest")
+    return -jax.scipy.linalg.cho_solve((damped, True), slope / variance + theta)
+
+
+@jax.jit
+def _settle(generator, frame, targets, begin, end, jacobians, factors, damped):
+    """Keep what a row of chord steps reached, or go a short way: theta, soft bits, residuals."""
+
+    def one(target, begin, end, jacobian, factor, damped):
+        theta, start = begin
+        variance = _variance(start)
+        step = _newton(theta, start, jacobian, damped, variance)
+        look = partial(_look, generator, frame, target)
+        short = _best_length(look, theta, start, step, variance, _SHRINK[1:])
+        improved = _cost(end[1], end[0], variance) < _cost(start, theta, variance)
+        theta, difference = jax.tree.map(partial(jnp.where, improved), end, short)
+        square = jnp.mean(jnp.square(difference))
+        soft = _soft_bits(frame, theta, _damp(factor, jnp.maximum(square, _QUANTUM)))
+        return theta, soft, jnp.sqrt(square)
+
+    return jax.vmap(one)(targets, begin, end, jacobians, factors, damped)
+
+
+def _outer_steps(generator, frame, targets, theta, chords):
+    """One Jacobian and its chord steps for each of n images, n Jacobians in memory.
+
+    Returns theta, soft bits, residuals and evaluations of each.
+    """
+    differences, jacobians = _linearise(generator, frame, targets, theta)
+    factors = _factors(jacobians)
+    variances = jax.vmap(_variance)(differences)
+    damped = jax.vmap(_damp)(factors, variances)
+    begin = end = (theta, differences)
+    goes_on, count = np.full(len(theta), True), np.zeros(len(theta), int)
+    squares = np.asarray(variances)
+    for step in range(chords):
+        reached = _chord(generator, frame, targets, *end, jacobians, damped, variances)
+        end = jax.tree.map(partial(_choose, goes_on), reached, end)
+        count += goes_on
+        before, squares = squares, np.asarray(jax.vmap(_variance)(end[1]))
+        goes_on = goes_on & ((step == 0) | (squares < _SETTLED**2 * before))
+        if not goes_on.any():
+            break
+    found = _settle(generator, frame, targets, begin, end, jacobians, factors, damped)
+    columns = theta.shape[1] + -theta.shape[1] % _CHUNK
+    return *found, 1 + columns + count + len(_SHRINK) - 1
+
+
+def _choose(mask, yes, no):
+    return jnp.where(mask.reshape(-1, *[1] * (yes.ndim - 1)), yes, no)
 
 
 def lm(
@@ -283,16 +344,18 @@ def lm(
     code,
     bank,
     nuisance=None,
+    starts=3,
     gradients=(20, 30),
-    jacobians=6,
+    jacobians=5,
     chords=12,
     batch=8,
     progress=True,
 ):
-    """Estimate keys by Levenberg-Marquardt from the nearest sample of a bank.
+    """Estimate keys by Levenberg-Marquardt from the nearest samples of a bank.
 
-    An image is settled when its residual is down to 8-bit rounding, or no longer falls; only the
-    others go on, so `jacobians` is a bound and not the cost.
+    An image is settled when its residual is down to 8-bit rounding. Only the others go on, first
+    with more Jacobians and then from their next start, so `starts` and `jacobians` are bounds and
+    not the cost. Of all starts the one with the least residual counts.
 
     Args:
         key: unused; every estimator takes one.
@@ -302,9 +365,11 @@ def lm(
         strength, code: as injected.
         bank: prior samples to start from (`make_bank`).
         nuisance: leading nuisance directions that stay free, the others stay at zero; None: all.
+        starts: samples of the bank to start from, at most.
         gradients: conjugate gradients of each step before the first Jacobian.
-        jacobians: steps with a Jacobian, at most; chords: chord steps on each, at most.
-        batch: images a compiled call.
+        jacobians: steps with a Jacobian, at most, from each start.
+        chords: chord steps on each Jacobian, at most.
+        batch: images a compiled call of conjugate gradients; a Jacobian is made an image at a time.
         progress: show a progress line.
 
     Returns:
@@ -315,57 +380,78 @@ def lm(
     """
     del key
     images = jnp.asarray(images)
-    check(generator, images, jacobians=jacobians, chords=chords, batch=batch)
+    check(generator, images, starts=starts, jacobians=jacobians, chords=chords, batch=batch)
     if min(gradients, default=1) < 1 or (nuisance is not None and nuisance < 0):
         raise UserError(
             f"gradients must be >= 1 and nuisance >= 0; got {tuple(gradients)} and {nuisance}."
         )
+    if starts > len(bank.latents):
+        raise UserError(f"starts must be <= the bank's {len(bank.latents)} samples; got {starts}.")
     frame = whiten(space, strength=strength, code=code, nuisance=nuisance)
     n, bits = len(images), space.carrier.shape[1]
-    theta = np.zeros((n, frame.nuisance + bits), np.float32)
-    near = nearest(bank, images)
-    theta[:, : frame.nuisance] = fingerprint.whitened_nuisance(space, near, count=frame.nuisance)
-    soft = np.full((n, bits), 0.5, np.float32)
-    rms, evaluations = np.full(n, np.inf, np.float32), np.zeros(n)
-
-    def batches(rows):
-        for i in range(0, len(rows), batch):
-            part = rows[i : i + batch]
-            yield part, np.resize(part, batch)  # one shape, one compilation
-
+    near = nearest(bank, images, count=starts).reshape(n * starts, -1)
+    near = fingerprint.whitened_nuisance(space, near, count=frame.nuisance)
+    near = np.pad(np.asarray(near), ((0, 0), (0, bits))).reshape(n, starts, -1)
+    theta, soft = np.zeros_like(near[:, 0]), np.full((n, bits), 0.5, np.float32)
+    rms, evaluations = np.full(n, np.inf, np.float32), np.ones(n)
+    todo = np.arange(n)
     with Progress(n, label="lm") if progress else Silent() as line:
-        for iterations in gradients:
-            for rows, full in batches(np.arange(n)):
-                found, left, spent = _descend(
-                    generator, frame, images[full], jnp.asarray(theta[full]), iterations
-                )
-                theta[rows] = np.asarray(found)[: len(rows)]
-                evaluations[rows] += spent
-                line.update(0, residual=float(np.mean(left[: len(rows)])))
-        todo = np.arange(n)
-        for _ in range(jacobians):
-            before = rms.copy()
-            for rows, full in batches(todo):
-                found = _outer_steps(generator, frame, images[full], theta[full], chords=chords)
-                found = [np.asarray(each)[: len(rows)] for each in found]
-                theta[rows], soft[rows], rms[rows] = found[:3]
-                evaluations[rows] += found[3]
-                line.update(n - len(todo), residual=float(np.mean(rms[rows])))
-            todo = todo[(rms[todo] > _FLOOR) & (rms[todo] < _STALLED * before[todo])]
-            line.update(n - len(todo))
+        for start in range(starts):
+            found = _attempt(
+                generator, frame, images[todo], near[todo, start],
+                gradients=gradients, jacobians=jacobians, chords=chords, batch=batch,
+                update=partial(line.update, n - len(todo)),
+            )  # fmt: skip
+            evaluations[todo] += found[3]
+            better = (found[2] < rms[todo]) | (start == 0)
+            won = todo[better]
+            theta[won], soft[won], rms[won] = (part[better] for part in found[:3])
+            todo = todo[~(rms[todo] <= _FLOOR)]
             if len(todo) == 0:
                 break
+        line.update(n)
     w = _place(frame, jnp.asarray(theta))
-    return Solution(soft, w, residual(generator, w, images), evaluations + 1)
+    return Solution(soft, w, residual(generator, w, images), evaluations)
 
 
-def _soft_bits(frame, theta, gram):
+def _attempt(generator, frame, images, theta, *, gradients, jacobians, chords, batch, update):
+    """Descend from one start an image: theta, soft bits, residuals and evaluations of each."""
+    n = len(images)
+    theta, spent = theta.copy(), np.zeros(n)
+    soft, rms = np.full((n, theta.shape[1] - frame.nuisance), 0.5), np.full(n, np.inf)
+    for iterations in gradients:
+        for rows, full in _batches(np.arange(n), batch):
+            found, cost = _descend(generator, frame, images[full], theta[full], iterations)
+            theta[rows], spent[rows] = found[: len(rows)], spent[rows] + cost
+            update()
+    going = np.arange(n)
+    for _ in range(jacobians):
+        before = rms.copy()
+        for row in going:
+            one = slice(row, row + 1)
+            found = _outer_steps(generator, frame, images[one], theta[one], chords)
+            theta[one], soft[one], rms[one], cost = map(np.asarray, found)
+            spent[one] += cost
+            update(residual=float(rms[row]))
+        going = going[(rms[going] > _FLOOR) & (rms[going] < _STALLED * before[going])]
+        if len(going) == 0:
+            break
+    return theta, soft, rms, spent
+
+
+def _batches(rows, size):
+    """Cut rows into batches: each as it is, and filled up to one shape, hence one compilation."""
+    for i in range(0, len(rows), size):
+        part = rows[i : i + size]
+        yield part, np.resize(part, size)
+
+
+def _soft_bits(frame, theta, factor):
     """Probability that each bit is one: Gaussian at the solution, nuisance marginalised.
 
-    `gram` is J^T J over the noise variance; where it is not finite nothing is known: one half.
+    `factor` is that of the Gauss-Newton matrix; where it is not finite nothing is known: one half.
     """
     bits = theta[frame.nuisance :]
-    factor = jnp.linalg.cholesky(gram + jnp.eye(len(theta)))
     units = jnp.eye(len(theta))[:, frame.nuisance :]
     half = jax.scipy.linalg.solve_triangular(factor, units, lower=True)
     soft = jax.nn.sigmoid(2.0 * bits / jnp.sum(jnp.square(half), axis=0))
