@@ -9,7 +9,8 @@ after a check that images, gradients and logits agree. Random weights; channels 
 at 64, of the official table (config-f) at 256 and 1024. Of PyTorch's plain forms (see
 bench/torch_stylegan2.py) the quickest in that cell runs. `ratio` is PyTorch / JAX: above 1 JAX is
 quicker. Its interval spans the 10th to the 90th percentile of the rounds. Memory is the peak of a
-process with one library only, above what it held after the imports; XLA's compilation is in it.
+second run (the first compiles) in a process with one library only, above what it held after the
+imports: weights, optimisers, compiled programs, and what the run takes.
 
 Work: `forward` is w to image; `gradient` that and the gradient of a squared error in w; `train` one
 discriminator and one generator update with mixing, noise, Adam and the moving average; `train_r1`
@@ -239,6 +240,7 @@ def weigh_cell(library, size, batch, work, form):
         synthesis = plain.Synthesis(arch, form=form)
         run = torch_work(work, synthesis, _random_noise(arch), *tensors)
     run()
+    race.forget_peak()
     run()
     return race.peak_mebibytes() - before
 

@@ -1,5 +1,7 @@
 """What the benchmarks share: functions timed in turn, ratios, and memory of a process alone."""
 
+import ctypes
+import gc
 import multiprocessing
 import resource
 import statistics
@@ -91,8 +93,16 @@ def machine():
 
 
 def peak_mebibytes():
-    """Give the most memory this process has held so far."""
+    """Give the most memory this process has held so far, or since `forget_peak`."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def forget_peak():
+    """Start the peak anew (Linux), with what was freed given back to the system."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")
 
 
 def median(values):
