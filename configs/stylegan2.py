@@ -46,11 +46,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         {
             "bank": 8_192,
             "nuisance": placeholder(int),
-            "starts": 3,
-            "gradients": (20, 30),
-            "jacobians": 5,
+            "ranks": (64, 64, 128, 256),
+            "jacobians": 4,
             "chords": 12,
-            "batch": 8,
+            "starts": 4,
         }
     )
     config.adam = ml_collections.ConfigDict(
@@ -70,8 +69,7 @@ def _shrink(config: ml_collections.ConfigDict) -> None:
     config.generator = "stylegan2-tiny"
     config.users, config.images = 2, 4
     config.basis_samples, config.bits, config.strength = 1024, 8, 0.5
-    config.lm.bank, config.lm.jacobians, config.lm.batch = 256, 3, 4
-    config.lm.starts = 1
+    config.lm.bank, config.lm.ranks, config.lm.jacobians, config.lm.starts = 256, (8,), 2, 1
     config.adam.starts, config.adam.steps = 2, 20
     config.fd_images = 64
 

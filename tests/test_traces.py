@@ -34,7 +34,8 @@ def cases(quick_compilation):
         space = basis.split(basis.fit(np.asarray(generator.sample(keys[1], 64))), bits=BITS)
         latents = generator.sample(keys[2], BANK)
         made = jnp.clip(decoded(generator, latents), -1.0, 1.0)
-        bank = least_squares.Bank(latents, least_squares.thumbnails(made))
+        metric = jnp.eye(ARCH.w_dim)
+        bank = least_squares.Bank(latents, least_squares.thumbnails(made), metric)
         return generator, space, bank, made[:IMAGES]
 
     return draw(0), draw(1)
@@ -54,7 +55,7 @@ def adam(key, case, strength):
 
 def lm(key, case, strength):
     generator, space, bank, made = case
-    options = {"bank": bank, "batch": 2, "gradients": (2, 2), "jacobians": 2, "chords": 2}
+    options = {"bank": bank, "ranks": (4, 4), "jacobians": 2, "chords": 2}
     options |= {"strength": strength, "code": "antipodal", "progress": False}
     return least_squares.lm(key, generator, space, made, **options)
 
