@@ -2,7 +2,7 @@
 
     python -m lfp_jax.main --config=configs/stylegan2.py
 
-Expect word accuracy 1.0 (32 of 32 pictures), PSNR 29.1 dB; 4 min 27 s on two cores.
+Expect word accuracy 1.0 (32 of 32 pictures), PSNR 29.1 dB; 4 min 38 s on two cores.
 
 With random weights and everything small, for tests and notebooks (word accuracy means nothing
 there), 19 seconds on two cores:
