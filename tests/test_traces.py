@@ -81,6 +81,8 @@ def compilations():
 
     collector, logger = Collector(), logging.getLogger("jax")
     propagates, logger.propagate = logger.propagate, False  # the log is read, not shown
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # the command line, tried in another test, quiets it
     logger.addHandler(collector)
     try:
         with jax.log_compiles():
@@ -88,6 +90,7 @@ def compilations():
     finally:
         logger.removeHandler(collector)
         logger.propagate = propagates
+        logger.setLevel(level)
 
 
 @pytest.fixture
