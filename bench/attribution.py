@@ -157,13 +157,14 @@ def table(result):
 
 def main():
     """Run the benchmark."""
-    options = _parse()
+    options, machine = _parse(), race.machine()
     with tempfile.TemporaryDirectory() as scratch:
         result = measure(options, Path(options.workdir or scratch))
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
     print(table(result))
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(race.machine() | result, file, indent=1)
+            json.dump(machine | result, file, indent=1)
 
 
 if __name__ == "__main__":

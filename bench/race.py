@@ -82,10 +82,15 @@ def check_agreement(ours, theirs):
 
 
 def machine():
-    """Name the device and the versions, for JSON."""
+    """Name the device, the versions and what else runs, for JSON.
+
+    Beside other work PyTorch's threads, which wait for one another by spinning, lose far more than
+    XLA's: figures count only where the load is near zero at the start.
+    """
     return {
         "device": jax.devices()[0].device_kind,
         "cores": psutil.cpu_count(),
+        "load_at_start": psutil.getloadavg()[0],
         "torch_threads": torch.get_num_threads(),
         "jax": jax.__version__,
         "torch": torch.__version__,
