@@ -157,10 +157,10 @@ def table(result):
 
 def main():
     """Run the benchmark."""
-    options, machine = _parse(), race.machine()
+    options, machine = _parse(), plain.machine()
     with tempfile.TemporaryDirectory() as scratch:
         result = measure(options, Path(options.workdir or scratch))
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    print(race.described(machine))
     print(table(result))
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:

@@ -303,8 +303,8 @@ def _parse():
 def main():
     """Run the benchmark."""
     options = _parse()
-    machine = race.machine()
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    machine = plain.machine()
+    print(race.described(machine))
     print(f"{_HEAD}\n{'-' * len(_HEAD)}")
     cells = []
     for where in itertools.product(options.sizes, options.batches, options.work):

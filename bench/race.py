@@ -10,7 +10,6 @@ import time
 import jax
 import numpy as np
 import psutil
-import torch
 
 _PAUSE = 0.02  # seconds; threads of the one library stop spinning before the other begins
 _LEAST_ROUNDS = 5
@@ -82,19 +81,18 @@ def check_agreement(ours, theirs):
 
 
 def machine():
-    """Name the device, the versions and what else runs, for JSON.
-
-    Beside other work PyTorch's threads, which wait for one another by spinning, lose far more than
-    XLA's: figures count only where the load is near zero at the start.
-    """
+    """Name the device, the version of JAX and what else runs, for JSON."""
     return {
         "device": jax.devices()[0].device_kind,
         "cores": psutil.cpu_count(),
         "load_at_start": psutil.getloadavg()[0],
-        "torch_threads": torch.get_num_threads(),
         "jax": jax.__version__,
-        "torch": torch.__version__,
     }
+
+
+def described(machine):
+    """Lay a machine out as one line."""
+    return ", ".join(f"{name} {value}" for name, value in machine.items())
 
 
 def peak_mebibytes():

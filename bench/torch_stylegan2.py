@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bench import race
+
 FORMS = ("grouped", "scaled", "scaled, nhwc")
 _GAIN = math.sqrt(2.0)
 _TAPS = torch.tensor([1.0, 3.0, 3.0, 1.0])
@@ -260,6 +262,16 @@ class Discriminator(nn.Module):
         for layer in self.children():
             x = layer(x)
         return x
+
+
+def machine():
+    """Name the machine, and what PyTorch makes of it, for JSON.
+
+    Beside other work PyTorch's threads, which wait for one another by spinning, lose far more than
+    XLA's: figures count only where the load is near zero at the start.
+    """
+    own = {"torch_threads": torch.get_num_threads(), "torch": torch.__version__}
+    return race.machine() | own
 
 
 def to_torch(array):

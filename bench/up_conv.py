@@ -7,12 +7,12 @@ ratio with the interval its rounds span from the 10th to the 90th percentile.
 """
 
 import argparse
-import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from bench import race
 from lfp_jax.generators import layers
 
 _SHAPES = ((4, 128, 128), (8, 128, 96), (16, 96, 32), (32, 32, 16))  # size in, channels in and out
@@ -27,10 +27,8 @@ def _gradient(trainable):
     return jax.jit(jax.grad(energy, argnums=(0, 1)))
 
 
-def _milliseconds(function, *args):
-    start = time.perf_counter()
+def _run(function, *args):
     jax.block_until_ready(function(*args))
-    return 1e3 * (time.perf_counter() - start)
 
 
 def main():
@@ -39,20 +37,17 @@ def main():
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
     plain, ruled = _gradient(False), _gradient(True)
-    print(f"{jax.devices()[0].device_kind}, batch {_BATCH}, {rounds} rounds in turn, ms")
+    print(f"{race.described(race.machine())}, batch {_BATCH}, {rounds} rounds in turn, ms")
     for size, inputs, outputs in _SHAPES:
         x = jax.random.normal(jax.random.key(0), (_BATCH, size, size, inputs))
         kernel = jax.random.normal(jax.random.key(1), (3, 3, inputs, outputs))
-        _milliseconds(plain, x, kernel), _milliseconds(ruled, x, kernel)
-        times = np.array(
-            [[_milliseconds(f, x, kernel) for f in (plain, ruled)] for _ in range(rounds)]
-        )
-        ratio = times[:, 0] / times[:, 1]
-        low, median, high = np.percentile(ratio, [10, 50, 90])
+        forms = [partial(_run, function, x, kernel) for function in (plain, ruled)]
+        times = 1e3 * race.race(forms, rounds=rounds)
+        ratio = race.ratio(times[:, 0], times[:, 1])
         print(
             f"{size:>3} -> {2 * size:<3} {inputs:>3} -> {outputs:<3} channels: "
-            f"automatic {np.median(times[:, 0]):7.1f}, ruled {np.median(times[:, 1]):7.1f}, "
-            f"ratio {median:.2f} ({low:.2f} - {high:.2f})"
+            f"automatic {race.median(times[:, 0]):7.1f}, ruled {race.median(times[:, 1]):7.1f}, "
+            f"ratio {ratio['value']:.2f} ({ratio['low']:.2f} - {ratio['high']:.2f})"
         )
 
 

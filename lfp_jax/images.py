@@ -11,6 +11,7 @@ import os
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from lfp_jax import files
 from lfp_jax.errors import UserError
 
 _MOST_PIXELS = 64_000_000  # 8000 x 8000: above this a file is taken for a decompression bomb
@@ -101,15 +102,8 @@ def png_round_trip(images: np.ndarray) -> np.ndarray:
 def write_png(path: str | os.PathLike, u8: np.ndarray) -> None:
     """Write one uint8 image [H, W, 1 or 3] in one step: readers never see half a file."""
     data = encode_png(u8)
-    folder, name = os.path.split(os.fspath(path))
-    part = os.path.join(folder, f".{name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-        os.replace(part, path)
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
+    with files.replacing(path) as part, open(part, "wb") as file:
+        file.write(data)
 
 
 def write_pngs(folder: str | os.PathLike, u8: np.ndarray) -> None:
@@ -172,8 +166,7 @@ def digest(paths: list[str]) -> str:
     digests = []
     for path in paths:
         try:
-            with open(path, "rb") as file:
-                digests.append(hashlib.file_digest(file, "sha256").digest())
+            digests.append(bytes.fromhex(files.sha256(path)))
         except OSError as error:
             raise UserError(f"Cannot read '{path}': {error.strerror}.") from None
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()

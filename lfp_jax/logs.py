@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self, TextIO
 
+from lfp_jax import files
+
 _LINE_SECONDS = 30.0  # between lines where the stream is a file: a log must not fill with them
 _REDRAW_SECONDS = 0.2  # between redraws where the stream is a terminal
 
@@ -28,9 +30,8 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(_plain(value), indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
+    with files.replacing(path) as part:
+        Path(part).write_text(json.dumps(_plain(value), indent=2) + "\n", encoding="utf-8")
 
 
 def read_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -76,9 +77,8 @@ class MetricLog:
         if not self._path.exists():
             return
         kept = [json.dumps(line) for line in read_lines(self._path) if line["step"] <= step]
-        part = self._path.with_name(f".{self._path.name}.part")
-        part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        part.replace(self._path)
+        with files.replacing(self._path) as part:
+            Path(part).write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
 class Progress:

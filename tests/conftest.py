@@ -2,6 +2,9 @@
 
 import contextlib
 import os
+import socket
+import subprocess
+import sys
 
 # Before the first import of jax, which reads them once.
 os.environ["XLA_FLAGS"] = (
@@ -42,3 +45,34 @@ def killed_after(monkeypatch):
             yield
 
     return killed
+
+
+@pytest.fixture
+def two_processes(pytestconfig):
+    """Give a function that runs Python in two processes which may find one another.
+
+    It takes arguments(coordinator, process) -> command-line arguments, and more environment; it
+    gives exit statuses and standard outputs.
+    """
+
+    def run(arguments, *, stderr=None, **environment):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        environment = os.environ | {"PYTHONPATH": str(pytestconfig.rootpath)} | environment
+        running = [
+            subprocess.Popen(
+                [sys.executable, *arguments(f"localhost:{port}", i)],
+                env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True,
+                cwd=pytestconfig.rootpath,
+            )
+            for i in range(2)
+        ]  # fmt: skip
+        try:
+            said = [process.communicate(timeout=300)[0] for process in running]
+        finally:
+            for process in running:
+                process.kill()
+        return [process.returncode for process in running], said
+
+    return run

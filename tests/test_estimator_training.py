@@ -1,9 +1,6 @@
 """Training of the learned estimator: right pairs, any split over devices, resume, learning."""
 
-import os
-import socket
 import subprocess
-import sys
 from functools import partial
 
 import jax
@@ -264,29 +261,20 @@ def single(stored, tmp_path_factory, pytestconfig):
 
 
 @pytest.mark.slow
-def test_two_processes_of_two_devices_equal_one(single, stored, tmp_path, pytestconfig):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(pytestconfig.rootpath),
-    }  # fmt: skip
-    command = [sys.executable, "-m", "lfp_jax.main", *_flags(pytestconfig, stored, tmp_path)]
-    command += ["--distributed", f"--coordinator=localhost:{port}", "--processes=2"]
-    runs = [
-        subprocess.Popen(
-            [*command, f"--process={i}"], env=environment, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, cwd=pytestconfig.rootpath,
-        )
-        for i in range(2)
-    ]  # fmt: skip
-    try:
-        said = [run.communicate(timeout=300)[0] for run in runs]
-    finally:
-        for run in runs:
-            run.kill()
-    assert [run.returncode for run in runs] == [0, 0], said
+def test_two_processes_of_two_devices_equal_one(
+    single, stored, tmp_path, two_processes, pytestconfig
+):
+    command = ["-m", "lfp_jax.main", *_flags(pytestconfig, stored, tmp_path), "--distributed"]
+    statuses, said = two_processes(
+        lambda coordinator, i: [
+            *command, f"--coordinator={coordinator}", "--processes=2", f"--process={i}",
+        ],
+        stderr=subprocess.STDOUT,
+        XLA_FLAGS="--xla_force_host_platform_device_count=2",
+        JAX_PLATFORMS="cpu",
+        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+    )  # fmt: skip
+    assert statuses == [0, 0], said
     np.testing.assert_allclose(_losses(tmp_path), _losses(single), rtol=1e-5)
     assert len(_losses(tmp_path)) == 5
     assert "in one process to write" in said[0] and "in one process" not in said[1]

@@ -18,8 +18,8 @@ ORDER = [
     "images", "weights", "generators", "basis", "fingerprint", "keys", "registry", "attacks",
     "metrics", "attribution", "report", "training", "experiment", "grid", "options", "main",
 ]  # fmt: skip
-LEAVES = {"errors", "sharding", "logs"}  # imported by all, and import one another only
-DISK = {"weights", "images", "registry", "logs", "report", "training.data"}
+LEAVES = {"errors", "files", "sharding", "logs"}  # imported by all, and import one another only
+DISK = {"files", "weights", "images", "registry", "logs", "report", "training.data"}
 SEE_CONFIGS = {"experiment", "grid", "options", "main"}
 
 # Options that the stable names of the design let callers give by position.
@@ -32,7 +32,8 @@ DISK_CALLS = {
     "rmdir", "unlink", "rmtree", "rename", "touch", "savetxt", "loadtxt", "tofile", "fromfile",
     "memmap", "savefig", "imsave", "imread", "NamedTemporaryFile", "TemporaryDirectory", "mkdtemp",
     "mkstemp", "copyfile", "copytree", "np.load", "np.save", "np.savez", "np.savez_compressed",
-    "jnp.load", "jnp.save", "os.remove", "os.replace", "pickle.load", "pickle.dump",
+    "jnp.load", "jnp.save", "os.remove", "os.replace", "files.replacing", "files.sha256",
+    "pickle.load", "pickle.dump",
 }  # fmt: skip
 
 

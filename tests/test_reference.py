@@ -2,9 +2,6 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -141,26 +138,12 @@ print(json.dumps([found.images, found.mean.tolist(), found.covariance.tolist()])
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path, cache, pytestconfig):
+def test_two_processes_equal_one(tmp_path, cache, two_processes, pytestconfig):
     rows = _folder(tmp_path / "real")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    tests = os.path.dirname(__file__)
-    environment = os.environ | {"PYTHONPATH": f"{pytestconfig.rootpath}:{tests}"}
-    command = [sys.executable, "-c", _WORKER, f"localhost:{port}"]
-    running = [
-        subprocess.Popen(
-            [*command, str(i), str(tmp_path / "real")],
-            env=environment, stdout=subprocess.PIPE, text=True,
-        )
-        for i in range(2)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=300)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
+    _, said = two_processes(
+        lambda coordinator, i: ["-c", _WORKER, coordinator, str(i), str(tmp_path / "real")],
+        PYTHONPATH=f"{pytestconfig.rootpath}:{os.path.dirname(__file__)}",
+    )
     mean, covariance = distances.moments(rows)
     answers = [json.loads(text.splitlines()[-1]) for text in said]
     for images_seen, found_mean, found_covariance in answers:

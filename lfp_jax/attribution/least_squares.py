@@ -119,7 +119,11 @@ class _Frame(flax.struct.PyTreeNode):
     directions: jax.Array  # [d, q], scaled: nuisance stddev, then strength / 2
     rotation: jax.Array  # [m - k, q - k], of whitened nuisance coordinates
     sensitivity: jax.Array  # [q - k], mean square change of the image along each, summed
-    nuisance: int = flax.struct.field(pytree_node=False)  # leading entries that are nuisance
+
+    @property
+    def nuisance(self):
+        """How many of the unknowns, the leading ones, are nuisance."""
+        return len(self.sensitivity)
 
 
 def whiten(space, metric, *, strength, code, nuisance):
@@ -140,7 +144,6 @@ def whiten(space, metric, *, strength, code, nuisance):
         jnp.asarray(directions, jnp.float32),
         jnp.asarray(rotation, jnp.float32),
         jnp.asarray(squares, jnp.float32),
-        free,
     )
 
 
@@ -273,23 +276,20 @@ def _newton(active, theta, difference, jacobian, damped, variance):
 
 
 @partial(jax.jit, static_argnames=("rank",))
-def _settle(generator, frame, targets, begin, end, jacobians, factors, damped, *, rank):
+def _settle(generator, frame, targets, begin, end, jacobians, damped, variances, factors, *, rank):
     """Keep what a row of chord steps reached, or go a short way: theta, soft bits, residuals."""
 
-    def one(target, begin, end, jacobian, factor, damped):
+    def one(target, begin, end, jacobian, damped, variance, factor):
         theta, start = begin
-        variance = _variance(start)
         step = _newton(_active(frame, rank), theta, start, jacobian, damped, variance)
         look = partial(_look, generator, frame, target)
         short = _best_length(look, theta, start, step, variance, _SHORT)
         improved = _cost(end[1], end[0], variance) < _cost(start, theta, variance)
         theta, difference = jax.tree.map(partial(jnp.where, improved), end, short)
-        square = jnp.mean(jnp.square(difference))
-        bits = theta[frame.nuisance :]
-        soft = _soft_bits(bits, _damp(factor, jnp.maximum(square, _QUANTUM)))
-        return theta, soft, jnp.sqrt(square)
+        soft = _soft_bits(theta[frame.nuisance :], _damp(factor, _variance(difference)))
+        return theta, soft, jnp.sqrt(jnp.mean(jnp.square(difference)))
 
-    return jax.vmap(one)(targets, begin, end, jacobians, factors, damped)
+    return jax.vmap(one)(targets, begin, end, jacobians, damped, variances, factors)
 
 
 def _soft_bits(bits, factor):
@@ -312,10 +312,10 @@ def _outer_step(generator, frame, targets, theta, *, rank, chords):
     differences, jacobians = _linearise(generator, frame, targets, theta, rank=rank)
     factors = _factors(jacobians)
     variances, damped = _damping(factors, differences)
+    linear = jacobians, damped, variances
     begin = end = (theta, differences)
     goes_on, count, before = np.full(len(theta), True), np.zeros(len(theta), int), variances
     for step in range(chords):
-        linear = jacobians, damped, variances
         *reached, after = _chord(generator, frame, targets, *end, *linear, rank=rank)
         end = jax.tree.map(partial(_choose, goes_on), tuple(reached), end)
         count += goes_on
@@ -323,7 +323,7 @@ def _outer_step(generator, frame, targets, theta, *, rank, chords):
         before = after
         if not goes_on.any():
             break
-    found = _settle(generator, frame, targets, begin, end, jacobians, factors, damped, rank=rank)
+    found = _settle(generator, frame, targets, begin, end, *linear, factors, rank=rank)
     columns = jacobians.shape[1] + -jacobians.shape[1] % _CHUNK
     return *found, 1 + columns + count + len(_SHORT)
 

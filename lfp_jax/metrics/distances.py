@@ -58,7 +58,10 @@ def statistics(features: np.ndarray) -> Statistics:
     Raises:
         ValueError: another shape, or values that are not finite.
     """
-    features = _checked(features, least=0)
+    return _statistics(_checked(features, least=0))
+
+
+def _statistics(features):
     mean = features.mean(axis=0) if len(features) else np.zeros(features.shape[1])
     centred = features - mean
     return Statistics(len(features), mean, centred.T @ centred)
@@ -115,7 +118,7 @@ def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ValueError: another shape, too few rows, or values that are not finite.
     """
-    return statistics(_checked(features, least=2)).moments
+    return _statistics(_checked(features, least=2)).moments
 
 
 def frechet(
@@ -311,10 +314,10 @@ def _checked(features, *, least):
 
 
 def _gaussian(features):
-    """Give mean [f] and a factor A [r, f] of the covariance A^T A of features."""
+    """Give mean [f] and a factor A [r, f] of the covariance A^T A of features, checked before."""
     n, f = features.shape
     if n > f:
-        return _factored(*moments(features))
+        return _factored(*_statistics(features).moments)
     mean = features.mean(axis=0)
     return mean, (features - mean) / np.sqrt(n - 1)  # exact, and far smaller than the covariance
 

@@ -319,9 +319,8 @@ class Registry:
 
     def _check_room(self, n, design, point, rate):
         """Check that n more users can be told apart, and that there are n unused keys."""
-        most = (
-            self._database.row("SELECT max(id) FROM keys", ())[0] or 0
-        ) + n  # quicker than counting
+        [last] = self._database.row("SELECT max(id) FROM keys", ())  # quicker than counting
+        most = (last or 0) + n
         options = {"bits": point.bits, "code": point.code}
         try:
             keys.check_capacity(users=most, rate=rate, **options)

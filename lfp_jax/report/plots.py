@@ -7,6 +7,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lfp_jax import files
+
 _LOSSES = {"d_loss": "discriminator", "g_loss": "generator"}
 _ERRORS = {
     "bit_loss": "bits: cross-entropy (nats; ln 2 says nothing)",
@@ -73,6 +75,5 @@ def _series(lines, name, along):
 
 def _write(figure, path):
     FigureCanvasAgg(figure)
-    part = f"{os.fspath(path)}.{os.getpid()}.part"
-    figure.savefig(part, format="png")
-    os.replace(part, path)
+    with files.replacing(path) as part:
+        figure.savefig(part, format="png")

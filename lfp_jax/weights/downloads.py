@@ -11,6 +11,7 @@ import os
 import urllib.request
 from typing import NamedTuple
 
+from lfp_jax import files
 from lfp_jax.errors import UserError, choose
 from lfp_jax.logs import Progress
 
@@ -112,7 +113,7 @@ def locate(name, *, path=None, download=False):
         return os.fspath(path)
     kept = cache_folder(file.name)
     if os.path.isfile(kept):
-        found = _sha256(kept)
+        found = files.sha256(kept)
         if found != file.sha256:
             raise UserError(
                 f"'{kept}' is not the published file: its SHA-256 is {found}, needed is "
@@ -130,25 +131,21 @@ def locate(name, *, path=None, download=False):
 
 def _fetch(name, file, kept):
     """Download a file next to its place, check it, and move it there in one step."""
-    part = f"{kept}.{os.getpid()}.part"
     try:
         os.makedirs(os.path.dirname(kept), exist_ok=True)
-        found = _copy(name, file, part)
-        if found != file.sha256:
-            raise UserError(
-                f"{file.address} is not the published file: its SHA-256 is {found}, needed is "
-                f"{file.sha256}; nothing was kept."
-            )
-        os.replace(part, kept)
+        with files.replacing(kept) as part:
+            found = _copy(name, file, part)
+            if found != file.sha256:
+                raise UserError(
+                    f"{file.address} is not the published file: its SHA-256 is {found}, needed is "
+                    f"{file.sha256}; nothing was kept."
+                )
     except (OSError, http.client.HTTPException) as error:
         cause = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
         raise UserError(
             f"Could not download {file.address} ({cause}): put that file at '{kept}', "
             "or give a path."
         ) from None
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
 
 
 def _copy(name, file, part):
@@ -167,8 +164,3 @@ def _copy(name, file, part):
             if done > file.size:  # an endless answer must not fill the disk
                 break
     return digest.hexdigest()
-
-
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lfp_jax import files
 from lfp_jax.errors import UserError
 from lfp_jax.weights import (
     compvis,
@@ -296,13 +297,13 @@ def _read_folder(path, hparams):
         # Alone a first stage is what its own code computes; the factor is a pipeline's.
         scale, shift = diffusers.scaling(first[0], what=f"'{first[1]}'")
     scale = _positive(hparams.get("scale_factor", scale))
-    made, files = {}, []
+    made, weights = {}, []
     for name, model, reader in (("first_stage", first, _hub_first), ("unet", unet, _hub_unet)):
         tree, sizes = None, None
         if model:
             tensors, file = _hub_tensors(model[1])
             tree, sizes = reader(tensors, model[0], file)
-            files.append(file)
+            weights.append(file)
         made |= {name: tree, f"{name}_hparams": sizes}
     scheduler = _scheduler(path)
     return Checkpoint(
@@ -313,7 +314,7 @@ def _read_folder(path, hparams):
         shift=shift,
         size=made["unet_hparams"]["size"] if unet else None,
         source="diffusers",
-        sha256=_sha256(files),
+        sha256=_sha256(weights),
     )
 
 
@@ -383,8 +384,5 @@ def _hub_unet(tensors, config, file):
 
 def _sha256(paths):
     """The SHA-256 of a file; of several, that of their hashes one after another."""
-    hashes = []
-    for path in paths:
-        with open(path, "rb") as file:
-            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+    hashes = [files.sha256(path) for path in paths]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()

@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 
+from lfp_jax import files
 from lfp_jax.errors import UserError
 from lfp_jax.weights.machine import show
 
@@ -70,11 +71,6 @@ def write(path, *, mean, covariance, count):
         count: images they were taken from.
     """
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    part = f"{path}.{os.getpid()}.part"
-    try:
-        with open(part, "wb") as file:
-            np.savez(file, mu=np.float64(mean), sigma=np.float64(covariance), count=np.int64(count))
-        os.replace(part, path)
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
+    arrays = {"mu": np.float64(mean), "sigma": np.float64(covariance), "count": np.int64(count)}
+    with files.replacing(path) as part, open(part, "wb") as file:
+        np.savez(file, **arrays)

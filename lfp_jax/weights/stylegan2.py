@@ -4,11 +4,11 @@ Trees are those of lfp_jax/generators/stylegan2.py: float32, NHWC, kernels HWIO 
 sizes come from the file; nothing in it is run (see pickles.py).
 """
 
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
 
+from lfp_jax import files
 from lfp_jax.errors import UserError, did_you_mean
 from lfp_jax.weights import nvlabs, pickles, rosinality, tables
 from lfp_jax.weights.machine import Opaque, show
@@ -82,7 +82,7 @@ def convert(content, path, *, hparams=None, ema=True):
         discriminator=discriminator,
         discriminator_hparams=discriminator_sizes,
         source=source.__name__.rsplit(".", 1)[-1],
-        sha256=_sha256(path),
+        sha256=files.sha256(path),
     )
 
 
@@ -135,8 +135,3 @@ def _override(sizes, hparams):
         if name not in sizes:
             raise UserError(did_you_mean(name, list(sizes), "hyperparameter"))
     return sizes | hparams
-
-
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
