@@ -45,8 +45,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.lm = ml_collections.ConfigDict(
         {
             "bank": 8_192,
-            "nuisance": placeholder(int),
-            "ranks": (64, 64, 128, 256),
+            "free": placeholder(int),
+            "ranks": (64, 128, 384),
             "jacobians": 4,
             "chords": 12,
             "starts": 4,

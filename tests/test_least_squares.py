@@ -36,13 +36,19 @@ def cases(model):
     near = latents + 0.2 * jnp.std(latents, axis=0)[None] * shift
     rows = jnp.concatenate([far, near])
     metric = jnp.mean(jax.vmap(partial(least_squares._local_metric, generator))(far[:4]), axis=0)
-    bank = least_squares.Bank(rows, least_squares.thumbnails(generator.decode(rows)), metric)
+    small = least_squares.thumbnails(generator.decode(rows))
+    bank = least_squares.Bank(rows, small, *least_squares._regress(small, np.asarray(rows)), metric)
     keys = np.asarray(jax.random.bernoulli(jax.random.key(2), 0.5, (4, BITS)), np.uint8)
     made = {}
     for code in ("antipodal", "binary"):
         marked = fingerprint.inject(space, latents, keys, strength=1.0, code=code)
         made[code] = (keys, images.png_round_trip(generator.decode(marked)), bank)
     return made
+
+
+def whiten(model, cases, *, free=None):
+    metric = cases["antipodal"][2].metric
+    return least_squares.whiten(model[1], metric, strength=1.0, code="antipodal", free=free)
 
 
 def estimate(model, case, rows, *, code="antipodal", seed=0, **options):
@@ -57,7 +63,7 @@ def test_keys_come_back_from_8_bit_images(model, cases, code):
     found = estimate(model, cases[code], slice(None), code=code)
     np.testing.assert_array_equal(found.bits, cases[code][0])
     assert found.soft_bits.min() >= 0.0 and found.soft_bits.max() <= 1.0
-    assert float(found.residual.max()) < 2.0 / 255.0
+    assert float(found.residual.max()) < 8.0 / 255.0
     again = fingerprint.read(model[1], found.latents, strength=1.0, code=code)
     np.testing.assert_array_equal(again, cases[code][0])
 
@@ -66,42 +72,42 @@ def test_few_directions_bring_the_residual_down(model, cases):
     options = {"jacobians": 1, "chords": 1, "starts": 1}
     near = estimate(model, cases["antipodal"], slice(None), ranks=(8, 8), **options)
     far = estimate(model, cases["antipodal"], slice(None), ranks=(), **options)
-    assert np.all(near.residual < 0.5 * far.residual)
+    assert near.residual.mean() < 0.8 * far.residual.mean()
 
 
-def test_nuisance_is_ordered_by_how_much_the_image_moves(model, cases):
+def test_unknowns_are_ordered_by_how_much_the_image_moves(model, cases):
     generator, space = model
-    metric = cases["antipodal"][2].metric
-    frame = least_squares.whiten(space, metric, strength=1.0, code="antipodal", nuisance=None)
+    frame = whiten(model, cases)
     _, jacobian = least_squares._linearise(
-        generator, frame, jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, FREE + BITS)), rank=FREE
+        generator, frame, jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, FREE + BITS)), rank=FREE + BITS
     )
-    moves = np.sum(np.square(jacobian[0, :FREE]), axis=1)
+    moves = np.sum(np.square(jacobian[0]), axis=1)
     assert moves[:6].sum() > 0.7 * moves.sum()
     # The same unknowns, turned: white under the prior, and the way back from latents is exact.
-    np.testing.assert_allclose(frame.rotation.T @ frame.rotation, np.eye(FREE), atol=1e-5)
+    turn = np.concatenate([frame.nuisance, frame.bits])
+    np.testing.assert_allclose(turn.T @ turn, np.eye(FREE + BITS), atol=1e-5)
     latents = generator.sample(jax.random.key(8), 3)
     theta = least_squares._begin(frame, space, latents)
+    np.testing.assert_allclose(theta @ frame.bits.T, 0.0, atol=1e-4)
     onto = space.nuisance @ space.nuisance.T
-    placed = least_squares._place(frame, jnp.asarray(theta)) - frame.mean[None]
+    placed = least_squares._place(frame, theta) - frame.mean[None]
     np.testing.assert_allclose(placed, (latents - space.mean[None]) @ onto, atol=1e-4)
 
 
 def test_a_hopeless_start_is_left_before_the_dear_jacobians(model, cases):
     target = jax.random.uniform(jax.random.key(0), (1, 8, 8, 3), minval=-1.0, maxval=1.0)
     case = None, target, cases["antipodal"][2]
-    found = estimate(model, case, slice(None), ranks=(20,), jacobians=5, chords=1, starts=2)
+    found = estimate(model, case, slice(None), ranks=(20, 28), chords=1, starts=2)
     assert found.residual[0] > 0.1
     assert found.evaluations.tolist() == [1 + 2 * (1 + 64 + 1 + 3)]
 
 
-def test_fixed_nuisance_directions_stay_at_zero(model, cases):
-    generator, space = model
-    bank = cases["antipodal"][2]
-    found = estimate(model, cases["antipodal"], slice(0, 2), nuisance=8, jacobians=2)
-    frame = least_squares.whiten(space, bank.metric, strength=1.0, code="antipodal", nuisance=None)
-    theta = least_squares._begin(frame, space, found.latents)
-    np.testing.assert_allclose(theta[:, 8:], 0.0, atol=1e-3)
+def test_directions_that_are_not_free_stay_at_zero(model, cases):
+    found = estimate(model, cases["antipodal"], slice(0, 2), free=8, jacobians=2)
+    frame = whiten(model, cases)
+    offset = np.asarray(found.latents) - frame.mean[None]
+    theta = np.linalg.solve(np.asarray(frame.directions), offset.T).T
+    np.testing.assert_allclose(theta[:, 8:], 0.0, atol=1e-2)
     assert np.abs(theta[:, :8]).max() > 0.1
 
 
@@ -135,20 +141,33 @@ def test_an_overshoot_of_a_clipped_pixel_does_not_pull():
     np.testing.assert_array_equal(live, [False, True, False, True, True])
 
 
-def test_soft_bits_are_surer_where_noise_is_lower(model):
-    bits = jnp.linspace(-1.0, 1.0, BITS)
-    jacobian = 0.02 * jax.random.normal(jax.random.key(0), (FREE + BITS, 64))
+def test_soft_bits_have_the_nuisance_marginalised():
+    q, rank = FREE + BITS, 20
+    rng = np.random.default_rng(0)
+    turn = np.linalg.qr(rng.standard_normal((q, q)))[0]
+    rows = jnp.asarray(turn[FREE:], jnp.float32)
+    theta = jnp.asarray(rows.T @ np.where(rng.random(BITS) < 0.5, -1.0, 1.0))
+    jacobian = 0.02 * jax.random.normal(jax.random.key(0), (rank, 64))
     (factor,) = least_squares._factors(jacobian[None])
-    loud, quiet = (
-        least_squares._soft_bits(bits, least_squares._damp(factor, variance))
-        for variance in (1e-2, 1e-3)
-    )
-    assert (np.abs(quiet - 0.5) > np.abs(loud - 0.5)).all()
-    # Nuisance marginalised: the variance is the inverse's diagonal, not the diagonal's inverse.
-    matrix = np.asarray(jacobian @ jacobian.T / 1e-2 + jnp.eye(FREE + BITS))
-    variance = np.diag(np.linalg.inv(matrix))[FREE:]
-    expected = 1.0 / (1.0 + np.exp(-2.0 * np.asarray(bits) / variance))
-    np.testing.assert_allclose(loud, expected, rtol=1e-3)
+    soft = {
+        variance: least_squares._soft_bits(rows, theta, least_squares._damp(factor, variance))
+        for variance in (1e-2, 1e-4)
+    }
+    assert (np.abs(soft[1e-4] - 0.5) > np.abs(soft[1e-2] - 0.5)).all()
+    # The variance is that of the inverse, and one along the directions without a Jacobian.
+    matrix = np.eye(q)
+    matrix[:rank, :rank] += np.asarray(jacobian @ jacobian.T / 1e-2)
+    variance = np.diag(turn[FREE:] @ np.linalg.inv(matrix) @ turn[FREE:].T)
+    expected = 1.0 / (1.0 + np.exp(-2.0 * np.asarray(rows @ theta) / variance))
+    np.testing.assert_allclose(soft[1e-2], expected, rtol=1e-3)
+
+
+def test_soft_bits_are_no_surer_than_their_spread():
+    rows, factor = jnp.eye(4), 1e3 * jnp.eye(4)  # a matrix that claims near certainty
+    soft = least_squares._soft_bits(rows, jnp.array([1.5, -0.5, 0.1, -1.5]), factor)
+    spread = (3 * 0.25 + 0.81) / 4
+    expected = 1.0 / (1.0 + np.exp(-2.0 * np.array([1.5, -0.5, 0.1, -1.5]) / spread))
+    np.testing.assert_allclose(soft, expected, rtol=1e-5)
 
 
 def test_the_factor_holds_what_a_cholesky_factor_in_float32_cannot():
@@ -170,7 +189,8 @@ def test_a_step_that_gives_nan_is_not_taken(model, cases):
     generator, space = model
     broken = generator.replace(synthesis=jax.tree.map(lambda x: x * jnp.nan, generator.synthesis))
     found = estimate((broken, space), cases["antipodal"], slice(0, 2))
-    start = least_squares.nearest(cases["antipodal"][2], cases["antipodal"][1][:2])[:, 0]
+    _, made, bank = cases["antipodal"]
+    start = least_squares.guesses(bank, made[:2], count=1)[:, 0]
     offset = np.asarray(found.latents - start) @ np.asarray(space.nuisance)
     np.testing.assert_allclose(offset, 0.0, atol=1e-4)
     np.testing.assert_array_equal(found.soft_bits, 0.5)
@@ -188,13 +208,9 @@ def test_evaluations_are_counted(model, cases):
 
 
 def test_a_failed_start_is_left_for_the_next(model, cases):
-    generator, space = model
+    _, space = model
     keys, made, bank = cases["antipodal"]
-    # A bank that holds a far sample under the first image's own thumbnail: a start that misleads.
-    fooled = bank.replace(
-        latents=jnp.concatenate([space.mean[None] + 30.0 * space.nuisance[:, :1].T, bank.latents]),
-        thumbnails=jnp.concatenate([least_squares.thumbnails(made[:1]), bank.thumbnails]),
-    )
+    fooled = bank.replace(regression=bank.regression + 30.0 * space.nuisance[None, :, 0])
     options = {"ranks": (), "jacobians": 1}
     case = keys, made, fooled
     one = estimate(model, case, slice(0, 1), starts=1, **options)
@@ -208,9 +224,18 @@ def test_a_bank_is_the_prior_and_its_nearest_sample_is_found(model):
     bank = least_squares.make_bank(jax.random.key(7), generator, size=10, batch=4)
     expected = generator.sample(jax.random.key(7), 10)
     np.testing.assert_allclose(bank.latents, expected, atol=1e-5)
-    found = least_squares.nearest(bank, generator.decode(expected)[3:6], count=2)
-    assert found.shape == (3, 2, expected.shape[1])
-    np.testing.assert_allclose(found[:, 0], expected[3:6], atol=1e-5)
+    found = least_squares.guesses(bank, generator.decode(expected)[3:6], count=3)
+    assert found.shape == (3, 3, expected.shape[1])
+    np.testing.assert_allclose(found[:, 1], expected[3:6], atol=1e-5)
+
+
+def test_regression_is_nearer_than_the_nearest_sample(model):
+    generator, _ = model
+    bank = least_squares.make_bank(jax.random.key(7), generator, size=512)
+    latents = generator.sample(jax.random.key(8), 32)
+    found = least_squares.guesses(bank, generator.decode(latents), count=2)
+    regressed, nearest = jnp.mean(jnp.square(found - latents[:, None]), axis=(0, 2))
+    assert regressed < 0.5 * nearest
 
 
 @pytest.mark.parametrize(
@@ -220,8 +245,8 @@ def test_a_bank_is_the_prior_and_its_nearest_sample_is_found(model):
         ({"chords": 0}, "chords must be >= 1; got 0."),
         ({"starts": 0}, "starts must be >= 1; got 0."),
         ({"starts": 10_000}, "starts must be <= the bank's .* samples; got 10000."),
-        ({"ranks": (5, -1)}, r"ranks and nuisance must be >= 0; got \(5, -1\)"),
-        ({"nuisance": -1}, "ranks and nuisance must be >= 0; got .* and -1"),
+        ({"ranks": (5, -1)}, r"ranks and free must be >= 1; got \(5, -1\)"),
+        ({"free": 0}, "ranks and free must be >= 1; got .* and 0"),
     ],
 )
 def test_bad_options_are_user_errors(model, cases, options, message):

@@ -1,9 +1,10 @@
 """Estimate the key of images by Levenberg-Marquardt: estimator `lm`.
 
-Unknowns, whitened, theta = (alpha / s of the nuisance directions, 2 phi - 1), with prior N(0, I).
-Residuals are pixel differences; a pixel the 8-bit range clips counts only when the model is on the
-wrong side of the bound. The noise variance v follows the current residual, so early steps are
-damped by the prior and late ones are exact. Every step solves
+Unknowns, whitened: alpha / s of the nuisance directions and 2 phi - 1, with prior N(0, I), turned
+to other axes theta in which that prior is the same (below). Residuals are pixel differences; a
+pixel the 8-bit range clips counts only when the model is on the wrong side of the bound. The noise
+variance v follows the current residual, so early steps are damped by the prior and late ones are
+exact. Every step solves
 
     (J^T J / v + I) step = -(J^T r / v + theta)
 
@@ -12,10 +13,11 @@ are taken in full, though the first may raise the residual: it lands beside the 
 bits right already, and the next ones fall back to its floor. A line search would allow small steps
 only.
 
-Coarse to fine: the nuisance directions are ordered by how much the image moves along them, on
-average over the prior, and not by how much the latent does. A few dozen of these carry most of an
-image, so the first Jacobians have few columns and bring the latent near; only the last ones, which
-must find the bits below everything else, have all.
+Coarse to fine: the axes of theta are those of the generator's mean metric E[J^T J] in the whitened
+unknowns, ordered by how much the image moves along them, and not by how much the latent does. A few
+dozen of these, each a mixture of nuisance and bits, carry most of an image, so the first Jacobians
+have few columns and bring the latent near; only the last ones, which must tell the bits from
+everything else, have all.
 """
 
 from functools import partial
@@ -24,6 +26,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 
 from lfp_jax import fingerprint
 from lfp_jax.attribution.inversion import Silent, Solution, check, decode_flat, residual
@@ -38,15 +41,19 @@ _STALLED = 0.99  # a step that leaves more of the residual than this has stalled
 _SHORT = (0.5, 0.25, 0.1)  # step lengths tried where full steps fail
 _SETTLED = 0.98  # a chord step that leaves more of the residual than this is the last one
 _SHIFT = 3e-6  # of the trace: above what float32 loses in a product of many rows
+_DOUBT = 0.05  # wrong bits expected below which an image is settled
 _LOST = 4.0  # a residual above so many times that of the directions left out: no way from there
 _THUMBNAIL = 16
+_RIDGE = 0.1  # of the regression, as a share of the kernel's greatest value
 
 
 class Bank(flax.struct.PyTreeNode):
     """What is known of a generator before any image: samples of the prior, and how it moves."""
 
     latents: jax.Array  # [N, d]
-    thumbnails: jax.Array  # [N, t * t * C], small pictures of them: the nearest one is a start
+    thumbnails: jax.Array  # [N, t * t * C], small pictures of them
+    regression: jax.Array  # [N, d], weights of kernel ridge regression, latents by thumbnails
+    width: jax.Array  # [], of its kernel: mean square distance of thumbnails
     metric: jax.Array  # [d, d], mean of J^T J over the prior, J = d image / d latent
 
 
@@ -60,7 +67,7 @@ def thumbnails(images):
 
 
 def make_bank(key, generator, *, size, jacobians=8, batch=256):
-    """Decode `size` samples of the prior, keep their thumbnails, and measure the mean metric.
+    """Decode samples of the prior, learn latents by their thumbnails, measure the mean metric.
 
     Made once a generator; shared by all design points, images and users.
 
@@ -91,7 +98,28 @@ def make_bank(key, generator, *, size, jacobians=8, batch=256):
         for w in latents[:jacobians]:
             metric += _local_metric(generator, w) / jacobians
             progress.update(size)
-    return Bank(jnp.asarray(latents), jnp.asarray(small), metric)
+    return Bank(latents, small, *_regress(small, latents), metric)
+
+
+def _regress(small, latents):
+    """Fit kernel ridge regression on the host: weights [N, d] and the kernel's width."""
+    width = 2.0 * np.float32(np.var(small, axis=0).sum())
+    kernel = np.array(_kernel(small, small, width))
+    kernel[np.diag_indices(len(kernel))] += _RIDGE
+    factor = scipy.linalg.cho_factor(kernel, overwrite_a=True, check_finite=False)
+    return scipy.linalg.cho_solve(factor, latents - latents.mean(0)), width
+
+
+@jax.jit
+def _kernel(left, right, width):
+    """Gaussian kernel [n, m] of the distance between thumbnails."""
+    return jnp.exp(-jnp.maximum(_squares(left, right), 0.0) / width)
+
+
+def _squares(left, right):
+    product = jnp.einsum("nt,mt->nm", left, right, precision="highest")
+    norms = [jnp.sum(jnp.square(rows), axis=1) for rows in (left, right)]
+    return norms[0][:, None] + norms[1][None] - 2.0 * product
 
 
 @jax.jit
@@ -103,55 +131,54 @@ def _local_metric(generator, w):
 
 
 @partial(jax.jit, static_argnames=("count",))
-def nearest(bank, images, *, count=1):
-    """Find the latents [n, count, d] of the bank whose thumbnails are nearest to the images'."""
+def guesses(bank, images, *, count):
+    """Guess latents [n, count, d] of images: by regression, then the nearest samples of the bank.
+
+    Regression is nearer on the whole, a sample is never far off the prior.
+    """
     small = thumbnails(images)
-    distance = jnp.sum(jnp.square(bank.thumbnails), axis=1)[None] - 2.0 * jnp.einsum(
-        "nt,bt->nb", small, bank.thumbnails, precision="highest"
+    regressed = jnp.einsum(
+        "nb,bd->nd",
+        _kernel(small, bank.thumbnails, bank.width),
+        bank.regression,
+        precision="highest",
     )
-    return bank.latents[jax.lax.top_k(-distance, count)[1]]
+    first = jnp.mean(bank.latents, axis=0)[None] + regressed
+    near = jax.lax.top_k(-_squares(small, bank.thumbnails), count)[1][:, : count - 1]
+    return jnp.concatenate([first[:, None], bank.latents[near]], axis=1)
 
 
 class _Frame(flax.struct.PyTreeNode):
-    """theta -> w = mean + directions theta."""
+    """theta -> w = mean + directions theta, most sensitive directions first."""
 
     mean: jax.Array  # [d]
-    directions: jax.Array  # [d, q], scaled: nuisance stddev, then strength / 2
-    rotation: jax.Array  # [m - k, q - k], of whitened nuisance coordinates
-    sensitivity: jax.Array  # [q - k], mean square change of the image along each, summed
-
-    @property
-    def nuisance(self):
-        """How many of the unknowns, the leading ones, are nuisance."""
-        return len(self.sensitivity)
+    directions: jax.Array  # [d, q], a step of one standard deviation each
+    nuisance: jax.Array  # [m, q], alpha / s of theta; m: nuisance directions
+    bits: jax.Array  # [k, q], 2 phi - 1 of theta
+    sensitivity: jax.Array  # [q], mean square change of the image along each, summed
 
 
-def whiten(space, metric, *, strength, code, nuisance):
-    """Set up the whitened coordinates, the nuisance by falling sensitivity of the image.
+def whiten(space, metric, *, strength, code, free):
+    """Set up the whitened unknowns, by falling sensitivity of the image.
 
-    The `nuisance` most sensitive ones stay free (None: all).
+    The `free` most sensitive ones can move (None: all).
     """
-    free = space.nuisance.shape[1] if nuisance is None else min(nuisance, space.nuisance.shape[1])
     half = 0.5 * strength
     # strength c(phi) = half (2 phi - 1), shifted by half under the binary code.
     shift = half * jnp.sum(space.carrier, axis=1) if code == "binary" else 0.0
     loud = np.asarray(space.nuisance * space.nuisance_stddev[None], np.float64)
-    squares, axes = np.linalg.eigh(loud.T @ np.asarray(metric, np.float64) @ loud)
-    squares, rotation = np.maximum(squares[::-1][:free], 0.0), axes[:, ::-1][:, :free]
-    directions = np.concatenate([loud @ rotation, half * np.asarray(space.carrier)], axis=1)
-    return _Frame(
-        space.mean + shift,
-        jnp.asarray(directions, jnp.float32),
-        jnp.asarray(rotation, jnp.float32),
-        jnp.asarray(squares, jnp.float32),
-    )
+    steps = np.concatenate([loud, half * np.asarray(space.carrier, np.float64)], axis=1)
+    squares, axes = np.linalg.eigh(steps.T @ np.asarray(metric, np.float64) @ steps)
+    squares, axes = np.maximum(squares[::-1], 0.0)[:free], axes[:, ::-1][:, :free]
+    nuisance, bits = np.split(axes, [loud.shape[1]])
+    arrays = (steps @ axes, nuisance, bits, squares)
+    return _Frame(space.mean + shift, *(jnp.asarray(array, jnp.float32) for array in arrays))
 
 
 def _begin(frame, space, latents):
     """Unknowns [n, q] of latents [n, d]: their nuisance, and bits at one half."""
     alpha = fingerprint.whitened_nuisance(space, latents)
-    alpha = jnp.einsum("nm,mf->nf", alpha, frame.rotation, precision="highest")
-    return np.pad(np.asarray(alpha), ((0, 0), (0, space.carrier.shape[1])))
+    return jnp.einsum("nm,mq->nq", alpha, frame.nuisance, precision="highest")
 
 
 def _place(frame, theta):
@@ -203,17 +230,12 @@ def _best_length(look, theta, here, step, variance, lengths):
     return trials[best], differences[best]
 
 
-def _active(frame, rank):
-    """Indices of the unknowns that move: the `rank` most sensitive directions, and the bits."""
-    return np.concatenate([np.arange(rank), np.arange(frame.nuisance, frame.directions.shape[1])])
-
-
 @partial(jax.jit, static_argnames=("rank",))
 def _linearise(generator, frame, targets, theta, *, rank):
-    """Differences [n, H, W, C] and Jacobians [n, a, H * W * C], zero at pixels out of play."""
+    """Differences [n, H, W, C] and Jacobians [n, rank, H * W * C], 0 at pixels out of play."""
 
     def one(target, theta):
-        tangents = jnp.eye(len(theta))[_active(frame, rank)]
+        tangents = jnp.eye(rank, len(theta))
         image, jacobian = _columns(partial(_model, generator, frame), theta, tangents)
         difference, live = _difference(image, target)
         return difference, jacobian * live.reshape(1, -1)
@@ -257,50 +279,56 @@ def _damping(factors, differences):
     return variances, jax.vmap(_damp)(factors, variances)
 
 
-@partial(jax.jit, static_argnames=("rank",))
-def _chord(generator, frame, targets, theta, differences, jacobians, damped, variances, *, rank):
+@jax.jit
+def _chord(generator, frame, targets, theta, differences, jacobians, damped, variances):
     """Make one full step with the Jacobians at hand; theta, differences and variances there."""
 
     def one(target, theta, *linear):
-        theta = theta + _newton(_active(frame, rank), theta, *linear)
+        theta = theta + _newton(theta, *linear)
         difference = _look(generator, frame, target, theta)
         return theta, difference, _variance(difference)
 
     return jax.vmap(one)(targets, theta, differences, jacobians, damped, variances)
 
 
-def _newton(active, theta, difference, jacobian, damped, variance):
+def _newton(theta, difference, jacobian, damped, variance):
+    rank = len(jacobian)
     slope = jnp.einsum("ap,p->a", jacobian, difference.reshape(-1), precision="highest")
-    step = -jax.scipy.linalg.cho_solve((damped, True), slope / variance + theta[active])
-    return jnp.zeros_like(theta).at[active].set(step)
+    step = -jax.scipy.linalg.cho_solve((damped, True), slope / variance + theta[:rank])
+    return jnp.pad(step, (0, len(theta) - rank))
 
 
-@partial(jax.jit, static_argnames=("rank",))
-def _settle(generator, frame, targets, begin, end, jacobians, damped, variances, factors, *, rank):
+@jax.jit
+def _settle(generator, frame, targets, begin, end, jacobians, damped, variances, factors):
     """Keep what a row of chord steps reached, or go a short way: theta, soft bits, residuals."""
 
     def one(target, begin, end, jacobian, damped, variance, factor):
         theta, start = begin
-        step = _newton(_active(frame, rank), theta, start, jacobian, damped, variance)
+        step = _newton(theta, start, jacobian, damped, variance)
         look = partial(_look, generator, frame, target)
         short = _best_length(look, theta, start, step, variance, _SHORT)
         improved = _cost(end[1], end[0], variance) < _cost(start, theta, variance)
         theta, difference = jax.tree.map(partial(jnp.where, improved), end, short)
-        soft = _soft_bits(theta[frame.nuisance :], _damp(factor, _variance(difference)))
+        soft = _soft_bits(frame.bits, theta, _damp(factor, _variance(difference)))
         return theta, soft, jnp.sqrt(jnp.mean(jnp.square(difference)))
 
     return jax.vmap(one)(targets, begin, end, jacobians, damped, variances, factors)
 
 
-def _soft_bits(bits, factor):
+def _soft_bits(rows, theta, factor):
     """Probability that each bit is one: Gaussian at the solution, nuisance marginalised.
 
-    `factor` is that of the Gauss-Newton matrix, its last rows those of the whitened bits [k];
-    where it is not finite nothing is known: one half.
+    `rows` [k, q] give the whitened bits of theta. `factor` is that of the Gauss-Newton matrix of
+    the leading unknowns; the others have their prior's variance. The curvature of the generator and
+    directions left out are not in that matrix, but in how far the bits lie from -1 or 1, which they
+    are: so their variance is at least this spread. Where it is not finite nothing is known: 1/2.
     """
-    units = jnp.eye(len(factor))[:, len(factor) - len(bits) :]
-    half = jax.scipy.linalg.solve_triangular(factor, units, lower=True)
-    soft = jax.nn.sigmoid(2.0 * bits / jnp.sum(jnp.square(half), axis=0))
+    rank = len(factor)
+    half = jax.scipy.linalg.solve_triangular(factor, rows[:, :rank].T, lower=True)
+    variance = jnp.sum(jnp.square(half), axis=0) + jnp.sum(jnp.square(rows[:, rank:]), axis=1)
+    bits = jnp.einsum("kq,q->k", rows, theta, precision="highest")
+    spread = jnp.mean(jnp.square(jnp.abs(bits) - 1.0))
+    soft = jax.nn.sigmoid(2.0 * bits / jnp.maximum(variance, spread))
     return jnp.where(jnp.isnan(soft), 0.5, soft)
 
 
@@ -316,15 +344,15 @@ def _outer_step(generator, frame, targets, theta, *, rank, chords):
     begin = end = (theta, differences)
     goes_on, count, before = np.full(len(theta), True), np.zeros(len(theta), int), variances
     for step in range(chords):
-        *reached, after = _chord(generator, frame, targets, *end, *linear, rank=rank)
+        *reached, after = _chord(generator, frame, targets, *end, *linear)
         end = jax.tree.map(partial(_choose, goes_on), tuple(reached), end)
         count += goes_on
         goes_on = goes_on & ((step == 0) | np.asarray(after < _SETTLED**2 * before))
         before = after
         if not goes_on.any():
             break
-    found = _settle(generator, frame, targets, begin, end, *linear, factors, rank=rank)
-    columns = jacobians.shape[1] + -jacobians.shape[1] % _CHUNK
+    found = _settle(generator, frame, targets, begin, end, *linear, factors)
+    columns = rank + -rank % _CHUNK
     return *found, 1 + columns + count + len(_SHORT)
 
 
@@ -341,18 +369,18 @@ def lm(
     strength,
     code,
     bank,
-    nuisance=None,
-    ranks=(64, 64, 128, 256),
+    free=None,
+    ranks=(64, 128, 384),
     jacobians=4,
     chords=12,
     starts=4,
     progress=True,
 ):
-    """Estimate keys by Levenberg-Marquardt from the nearest samples of a bank.
+    """Estimate keys by Levenberg-Marquardt from what a bank guesses.
 
-    An image is settled when its residual is down to 8-bit rounding. Only the others go on, first
-    with more Jacobians and then from their next start, so `starts` and `jacobians` are bounds and
-    not the cost. Of all starts the one with the least residual counts.
+    An image is settled when its residual is down to 8-bit rounding, or when its bits are sure. Only
+    the others go on, first with more Jacobians and then from their next start, so `starts` and
+    `jacobians` are bounds and not the cost. Of all starts the one with the least residual counts.
 
     Args:
         key: unused; every estimator takes one.
@@ -361,12 +389,12 @@ def lm(
         images: [n, H, W, C] in [-1, 1], already through 8 bits.
         strength, code: as injected.
         bank: starts and metric (`make_bank`).
-        nuisance: most sensitive nuisance directions that stay free, the others stay at zero; None:
-            all.
-        ranks: nuisance directions of the first Jacobians, one each; those that follow have all.
+        free: most sensitive directions that can move at all, the others stay at zero; None: all.
+        ranks: most sensitive directions in the first Jacobians, one number each; those that follow
+            have all that are free.
         jacobians: of those that follow, at most, from each start.
         chords: chord steps on each Jacobian, at most.
-        starts: samples of the bank to start from, at most.
+        starts: guesses of the bank to start from, at most.
         progress: show a progress line.
 
     Returns:
@@ -378,15 +406,16 @@ def lm(
     del key
     images = jnp.asarray(images)
     check(generator, images, starts=starts, jacobians=jacobians, chords=chords)
-    if min(ranks, default=0) < 0 or (nuisance is not None and nuisance < 0):
-        raise UserError(f"ranks and nuisance must be >= 0; got {tuple(ranks)} and {nuisance}.")
+    if min(ranks, default=1) < 1 or (free is not None and free < 1):
+        raise UserError(f"ranks and free must be >= 1; got {tuple(ranks)} and {free}.")
     if starts > len(bank.latents):
         raise UserError(f"starts must be <= the bank's {len(bank.latents)} samples; got {starts}.")
-    frame = whiten(space, bank.metric, strength=strength, code=code, nuisance=nuisance)
-    plan = [min(rank, frame.nuisance) for rank in ranks] + [frame.nuisance] * jacobians
+    frame = whiten(space, bank.metric, strength=strength, code=code, free=free)
+    q = frame.directions.shape[1]
+    plan = [min(rank, q) for rank in ranks] + [q] * jacobians
     n = len(images)
-    near = nearest(bank, images, count=starts)
-    theta = np.zeros((n, frame.directions.shape[1]), np.float32)
+    near = guesses(bank, images, count=starts)
+    theta = np.zeros((n, q), np.float32)
     soft = np.zeros((n, space.carrier.shape[1]), np.float32)
     rms, evaluations = np.full(n, np.inf), np.ones(n)
     with Progress(n, label="lm") if progress else Silent() as line:
@@ -400,7 +429,7 @@ def lm(
                 evaluations[i] += found[3]
                 if start == 0 or found[2] < rms[i]:
                     theta[i], soft[i], rms[i] = found[:3]
-                if rms[i] <= _FLOOR:
+                if _settled(rms[i], soft[i]):
                     break
             line.update(i + 1, residual=float(rms[i]))
     w = _place(frame, jnp.asarray(theta))
@@ -410,21 +439,25 @@ def lm(
 def _attempt(generator, frame, image, theta, *, plan, coarse, chords):
     """Descend from one start [1, q] along a plan of ranks: theta, soft bits, residual, evaluations.
 
-    It ends when the residual is down to rounding, when all directions no longer lower it, or after
+    It ends when the image is settled, when all directions no longer lower the residual, or among
     the `coarse` first ranks if it is far above what the directions left out would leave.
     """
     rms, spent = np.inf, 0
     for i, rank in enumerate(plan):
-        if 0 < i == coarse and rms > _LOST * _left_out(frame, plan[i - 1], image.size) > 0.0:
+        if 0 < i < coarse and rms > _LOST * _left_out(frame, plan[i - 1], image.size) > 0.0:
             break
         before = rms
         theta, soft, rms, cost = _outer_step(
             generator, frame, image, theta, rank=rank, chords=chords
         )
-        rms, spent = float(rms[0]), spent + int(cost[0])
-        if rms <= _FLOOR or (rank == frame.nuisance and not rms < _STALLED * before):
+        rms, soft, spent = float(rms[0]), np.asarray(soft[0]), spent + int(cost[0])
+        if _settled(rms, soft) or (rank == plan[-1] and not rms < _STALLED * before):
             break
-    return np.asarray(theta[0]), np.asarray(soft[0]), rms, spent
+    return np.asarray(theta[0]), soft, rms, spent
+
+
+def _settled(rms, soft):
+    return rms <= _FLOOR or np.sum(np.minimum(soft, 1.0 - soft)) < _DOUBT
 
 
 def _left_out(frame, rank, size):
