@@ -60,15 +60,19 @@ class GroupNorm(nn.Module):
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        grouped = x.astype(jnp.float32).reshape(
-            x.shape[0], -1, self.groups, channels // self.groups
-        )
-        # In two passes: the mean square less the squared mean would cancel.
-        grouped = grouped - jnp.mean(grouped, axis=(1, 3), keepdims=True)
-        variance = jnp.mean(jnp.square(grouped), axis=(1, 3), keepdims=True)
-        normal = (grouped * jax.lax.rsqrt(variance + self.eps)).reshape(x.shape)
-        wide = (1,) * (x.ndim - 1) + (channels,)
-        return (normal * scale.reshape(wide) + bias.reshape(wide)).astype(x.dtype)
+        flat = x.astype(jnp.float32).reshape(x.shape[0], -1, channels)
+        # In two passes: the mean square less the squared mean would cancel. Over positions first:
+        # sums over the few channels of a group at each position are five times slower on CPU.
+        flat = flat - self._mean(flat)
+        scale = scale[None, None] * jax.lax.rsqrt(self._mean(jnp.square(flat)) + self.eps)
+        return (flat * scale + bias[None, None]).reshape(x.shape).astype(x.dtype)
+
+    def _mean(self, flat):
+        """Give the mean of each channel's group of [n, positions, c]: [n, 1, c]."""
+        n, _, channels = flat.shape
+        means = jnp.mean(flat, axis=1).reshape(n, self.groups, channels // self.groups)
+        means = jnp.mean(means, axis=2, keepdims=True)
+        return jnp.broadcast_to(means, (n, self.groups, channels // self.groups)).reshape(n, 1, -1)
 
 
 def grow(x):
