@@ -34,7 +34,12 @@ import absl.logging
 from lfp_jax import options
 from lfp_jax.errors import UserError, choose
 
-_TRAINERS = {"stylegan2": "gan", "classifier": "classifier", "estimator": "estimator"}
+_TRAINERS = {
+    "stylegan2": "gan",
+    "ldm": "ldm",
+    "classifier": "classifier",
+    "estimator": "estimator",
+}
 
 
 def main(argv: list[str]) -> int:

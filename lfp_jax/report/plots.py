@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from lfp_jax import files
 
-_LOSSES = {"d_loss": "discriminator", "g_loss": "generator"}
+_LOSSES = {"d_loss": "discriminator (nats)", "g_loss": "generator (nats)"}
 _ERRORS = {
     "bit_loss": "bits: cross-entropy (nats; ln 2 says nothing)",
     "theta_error": "nuisance: mean square, whitened (1 says nothing)",
@@ -17,17 +17,22 @@ _ERRORS = {
 
 
 def training_curve(
-    path: str | os.PathLike, lines: Iterable[dict[str, Any]], *, features: str
+    path: str | os.PathLike,
+    lines: Iterable[dict[str, Any]],
+    *,
+    features: str,
+    losses: dict[str, str] = _LOSSES,
 ) -> None:
-    """Draw Fréchet distance and losses of a GAN's training against the images seen, as a PNG.
+    """Draw Fréchet distance and losses of a generator's training against the images seen, as a PNG.
 
     Args:
         path: the file to write.
-        lines: of the training log; each has "images" and any of "fd", "d_loss", "g_loss".
+        lines: of the training log; each has "images" and any of "fd" and the losses.
         features: what the distance is measured on, for the label.
+        losses: {name in the lines: label}; default those of a GAN.
     """
     upper = {"ylabel": f"FD, {features}", "yscale": "log", "series": {"fd": None}}
-    lower = {"ylabel": "loss (nats)", "series": _LOSSES}
+    lower = {"ylabel": "loss", "series": losses}
     _curve(path, lines, [upper, lower], along="images")
 
 

@@ -6,7 +6,6 @@ device equals one on many (see `gan_step`).
 """
 
 import dataclasses
-import hashlib
 import math
 import os
 from functools import partial
@@ -19,20 +18,16 @@ from lfp_jax import generators, sharding
 from lfp_jax import images as image_files
 from lfp_jax.errors import UserError
 from lfp_jax.generators import stylegan2
-from lfp_jax.logs import MetricLog, Progress, read_lines
-from lfp_jax.metrics import distances, features
-from lfp_jax.report import plots
+from lfp_jax.logs import MetricLog, Progress
+from lfp_jax.metrics import features
 from lfp_jax.training import data as faces
-from lfp_jax.training import gan_step
+from lfp_jax.training import gan_step, output
 from lfp_jax.training.window import Window, check_intervals
 from lfp_jax.weights import store
 
 NAME = "stylegan2-demo"  # of the generator, and of the store in the work folder
-_LICENCE = (
-    "Apache-2.0; trained on faces of the DiceBear style toon-head, a remix of 'Toon Head' by "
-    "Johan Melin, licensed under CC BY 4.0 (https://creativecommons.org/licenses/by/4.0/)."
-)
 _CHUNK = 100  # generated images at once when measuring; bounds the memory
+_SHOWN = 64  # generated images in a grid
 _DRAWS = 20  # bootstrap draws of the last distance
 
 # Everything random in a run comes from one of these folds of the seed.
@@ -128,7 +123,7 @@ def train(
     # --- steps -----------------------------------------------------------------------------------
     if start < steps:
         log.truncate(start)
-        pixels = _load_pixels(data, resolution)
+        pixels = output.load_pixels(data, "train", resolution=resolution)
         shown = image_files.shrink(pixels, size)
     done, window = start, Window(start, batch=batch, digits=5)
     with Progress(max(steps, start) * batch, label="train", start=start * batch) as progress:
@@ -170,12 +165,12 @@ def train(
         training["fd"] = _frechet(fold[_QUALITY], generator, fd_images, draws=_DRAWS)
         if start < steps:
             log.write(done, images=done * batch, fd=round(training["fd"]["value"], 4))
-    generator = generator.replace(sha256=_hash(generator))
+    generator = generator.replace(sha256=output.hash_leaves(generator))
     generators.save(
-        os.path.join(workdir, NAME), generator, source_format="lfp_jax", licence=_LICENCE,
+        os.path.join(workdir, NAME), generator, source_format="lfp_jax", licence=output.LICENCE,
         dtype=np.float16, training=training,
     )  # fmt: skip
-    _write_curve(workdir, training)
+    output.write_curve(workdir, training)
     distance = f", FD {training['fd']['value']:.4g} ({features.NAME})" if "fd" in training else ""
     print(f"Generator after {done * batch} images{distance}: {os.path.join(workdir, NAME)}/")
     return generator
@@ -212,21 +207,7 @@ def _check(arch, growth, total_images, log_every, save_every, fd_every, fd_image
     if any(images < 1 for _, images in growth):
         raise UserError(f"growth must give each resolution 1 image or more; got {growth}.")
     size = (arch.resolution, arch.resolution, arch.image_channels)
-    if fd_every and size != (features.SIZE, features.SIZE, 3):
-        raise UserError(
-            f"fd_every needs images of {features.SIZE}x{features.SIZE}x3, which the "
-            f"{features.NAME} takes; got {'x'.join(map(str, size))}. Set fd_every=0."
-        )
-    if (fd_every and fd_images < 2) or fd_images == 1:
-        raise UserError(f"A distance needs fd_images >= 2; got {fd_images}.")
-
-
-def _load_pixels(data, resolution):
-    pixels, _ = faces.load_split(data, "train")
-    if pixels.shape[1:3] != (resolution, resolution):
-        height, width = pixels.shape[1:3]
-        raise UserError(f"The pictures in '{data}' are {height}x{width}; resolution={resolution}.")
-    return pixels
+    output.check_distance(size, fd_every=fd_every, fd_images=fd_images)
 
 
 @jax.jit
@@ -234,44 +215,17 @@ def _sample(key, generator, start):
     return generator.decode(generator.sample(key, _CHUNK, start=start))
 
 
-def _write_grid(key, generator, workdir, images, *, n=64, columns=8):
-    made = np.asarray(_sample(key, generator, 0))[:n]
-    path = os.path.join(workdir, f"samples-{images:08d}.png")
-    image_files.write_png(path, image_files.grid(made, columns=columns))
+def _write_grid(key, generator, workdir, images):
+    made = np.asarray(_sample(key, generator, 0))[:_SHOWN]
+    output.write_grid(workdir, made, images=images)
 
 
 def _frechet(key, generator, n, *, draws=0):
-    """Measure n 8-bit samples against the held-out pictures; with `draws` also an interval."""
-    classifier = features.load_classifier()
-    rows = []
-    for start in range(0, n, _CHUNK):
-        made = image_files.to_uint8(np.asarray(_sample(key, generator, start)))
-        rows.append(features.features_in_batches(classifier, made, batch=_CHUNK))
-    rows, reference = np.concatenate(rows)[:n], features.load_reference()
-    note = {"features": features.NAME, "reference": "held-out pictures", "images": n}
-    if not draws:
-        return {"value": distances.frechet(*distances.moments(rows), *reference), **note}
-    found = distances.frechet_interval(rows, reference, key=key, draws=draws)
-    return {"value": found.value, "low": found.low, "high": found.high, **note}
+    return output.frechet(key, partial(_sample, key, generator), n, draws=draws)
 
 
 def _as_stored(generator):
     """Round the weights to the float16 that the store keeps."""
     networks = (generator.mapping, generator.synthesis)
-    mapping, synthesis = jax.tree.map(lambda x: jnp.float32(np.float16(x)), networks)
+    mapping, synthesis = output.round_to_float16(networks)
     return generator.replace(mapping=mapping, synthesis=synthesis)
-
-
-def _hash(generator):
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(generator):
-        digest.update(np.asarray(leaf, np.float32).tobytes())
-    return digest.hexdigest()
-
-
-def _write_curve(workdir, training):
-    path = os.path.join(workdir, "log.jsonl")
-    lines = read_lines(path) if os.path.exists(path) else []
-    if "fd" in training:
-        lines.append({"images": training["images"], "fd": training["fd"]["value"]})
-    plots.training_curve(os.path.join(workdir, "curve.png"), lines, features=features.NAME)

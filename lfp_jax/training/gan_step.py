@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from lfp_jax.generators import stylegan2
+from lfp_jax.training.steps import average, average_decay, from_uint8, per_example
 
 _PATH_DECAY = 0.01
 
@@ -103,11 +104,6 @@ def grow(key, state, hyper):
     return jax.tree.map_with_path(merge, init_state(key, hyper))
 
 
-def _per_example(key, n, draw):
-    """Draw for examples 0..n-1 of the global batch, each from its own key."""
-    return jax.vmap(lambda i: draw(jax.random.fold_in(key, i)))(jnp.arange(n))
-
-
 def mixed_latents(key, params, hyper, n):
     """Map fresh z to latents with style mixing (arXiv 1812.04948, section 3.1).
 
@@ -126,15 +122,15 @@ def mixed_latents(key, params, hyper, n):
     mapping = stylegan2.mapping_module(arch)
 
     def draw_w(key):
-        z = _per_example(key, n, lambda k: jax.random.normal(k, (arch.z_dim,)))
+        z = per_example(key, n, lambda k: jax.random.normal(k, (arch.z_dim,)))
         return mapping.apply({"params": params["mapping"]}, z)
 
     w = draw_w(z_key)
     ws = jnp.broadcast_to(w[:, None], (n, arch.num_ws, arch.w_dim))
     if hyper.mixing == 0.0:
         return ws, w
-    cut = _per_example(cut_key, n, lambda k: jax.random.randint(k, (), 1, arch.num_ws))
-    mixed = _per_example(mix_key, n, lambda k: jax.random.uniform(k) < hyper.mixing)
+    cut = per_example(cut_key, n, lambda k: jax.random.randint(k, (), 1, arch.num_ws))
+    mixed = per_example(mix_key, n, lambda k: jax.random.uniform(k) < hyper.mixing)
     cut = jnp.where(mixed, cut, arch.num_ws)
     keep = jnp.arange(arch.num_ws)[None, :] < cut[:, None]
     return jnp.where(keep[:, :, None], ws, draw_w(other_key)[:, None]), w
@@ -144,7 +140,7 @@ def _noise(key, hyper, n):
     shapes = stylegan2.noise_shapes(hyper.arch)
     keys = jax.random.split(key, len(shapes))
     return [
-        _per_example(k, n, lambda k, s=s: jax.random.normal(k, s[1:]))
+        per_example(k, n, lambda k, s=s: jax.random.normal(k, s[1:]))
         for k, s in zip(keys, shapes, strict=True)
     ]
 
@@ -202,21 +198,12 @@ def path_penalty(key, params, path_length, hyper):
     noise = _noise(noise_key, hyper, n)
     size = hyper.arch.resolution
     shape = (size, size, hyper.arch.image_channels)
-    y = _per_example(image_key, n, lambda k: jax.random.normal(k, shape)) / size
+    y = per_example(image_key, n, lambda k: jax.random.normal(k, shape)) / size
     slopes = jax.grad(lambda ws: jnp.sum(_generate(params, ws, noise, hyper) * y))(ws)
     lengths = jnp.sqrt(jnp.mean(jnp.sum(jnp.square(slopes), axis=2), axis=1))
     target = path_length + _PATH_DECAY * (jnp.mean(lengths) - path_length)
     penalty = jnp.mean(jnp.square(lengths - jax.lax.stop_gradient(target)))
     return penalty, jax.lax.stop_gradient(target)
-
-
-def average_decay(step, *, batch, ema_images):
-    """Decay of the generator's moving average in a step.
-
-    The average warms up: its half-life is a twentieth of the images seen, at most `ema_images`.
-    """
-    half_life = jnp.minimum(ema_images, jnp.maximum(step * batch * 0.05, 1.0))
-    return 0.5 ** (batch / half_life)
 
 
 @partial(jax.jit, static_argnames=("hyper", "penalise", "path"), donate_argnames=("state",))
@@ -238,9 +225,9 @@ def train_step(key, state, u8, step, hyper, *, penalise, path):
     key = jax.random.fold_in(key, step)
     d_key, d_noise, g_key, g_noise, flip_key, path_key = jax.random.split(key, 6)
     n = hyper.batch
-    real = u8.astype(jnp.float32) / 127.5 - 1.0
+    real = from_uint8(u8)
     if hyper.flip:
-        flips = _per_example(flip_key, n, lambda k: jax.random.bernoulli(k))
+        flips = per_example(flip_key, n, lambda k: jax.random.bernoulli(k))
         real = jnp.where(flips[:, None, None, None], real[:, :, ::-1], real)
 
     generator_adam, discriminator_adam = _optimizers(hyper)
@@ -267,12 +254,12 @@ def train_step(key, state, u8, step, hyper, *, penalise, path):
     generator = optax.apply_updates(state.generator, updates)
 
     decay = average_decay(step, batch=n, ema_images=hyper.ema_images)
-    average = jax.tree.map(lambda a, p: p + decay * (a - p), state.average, generator)
+    averaged = average(state.average, generator, decay)
     w_avg = state.w_avg + 0.005 * (jnp.mean(w, axis=0) - state.w_avg)
     new = State(
         generator=generator,
         discriminator=discriminator,
-        average=average,
+        average=averaged,
         w_avg=w_avg,
         generator_optimizer=g_optimizer,
         discriminator_optimizer=d_optimizer,
