@@ -40,15 +40,15 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.first_stage = ml_collections.ConfigDict(
         {
             "channels": (16, 32, 48), "blocks": 1, "codes": 1024, "latent_channels": 3, "groups": 8,
-            "total_images": 400_000, "batch": 32, "learning_rate": 1e-3, "warmup": 500,
-            "commitment": 0.25, "perceptual": 0.1, "codebook_decay": 0.99, "ema_images": 20_000,
-            "fd_every": 2_000,
+            "total_images": 240_000, "batch": 16, "learning_rate": 1e-3, "warmup": 200,
+            "commitment": 0.25, "perceptual": 0.1, "codebook_decay": 0.99, "ema_images": 10_000,
+            "fd_every": 3_000,
         }
     )  # fmt: skip
     config.diffusion = ml_collections.ConfigDict(
         {
             "channels": (48, 96, 96), "blocks": 1, "attention": (False, True, True),
-            "head_dim": 32, "groups": 16, "prediction": "velocity", "total_images": 2_000_000,
+            "head_dim": 32, "groups": 16, "prediction": "velocity", "total_images": 1_000_000,
             "batch": 64, "learning_rate": 5e-4, "warmup": 500, "clip": 1.0, "ema_images": 100_000,
             "fd_every": 0,
         }
@@ -67,6 +67,5 @@ def _shrink(config: ml_collections.ConfigDict) -> None:
         fd_every=0,
     )  # fmt: skip
     config.diffusion.update(
-        channels=(8, 8), attention=(False, True), head_dim=4, groups=4, total_images=32, batch=8,
-        warmup=2,
-    )  # fmt: skip
+        channels=(8,), attention=(), head_dim=4, groups=4, total_images=32, batch=8, warmup=2
+    )

@@ -118,8 +118,8 @@ def train(
 
 def plan_first_stage(
     resolution, every, fd_images, *, channels, total_images, blocks=1, codes=1024,
-    latent_channels=3, groups=8, batch=32, learning_rate=1e-3, warmup=500, commitment=0.25,
-    perceptual=0.0, codebook_decay=0.99, ema_images=20_000, fd_every=0,
+    latent_channels=3, groups=8, batch=16, learning_rate=1e-3, warmup=200, commitment=0.25,
+    perceptual=0.0, codebook_decay=0.99, ema_images=10_000, fd_every=0,
 ):  # fmt: skip
     """Plan the first stage.
 
