@@ -115,6 +115,19 @@ def test_a_run_killed_where_a_resolution_ends_goes_on_the_same(whole, data, tmp_
     assert _lines(tmp_path) == lines[:4]
 
 
+def test_the_learning_rate_drops_to_a_quarter(data, tmp_path):
+    settings = {"data": data, "growth": ()}
+    gan.train(
+        **_settings(workdir=tmp_path / "a", total_images=24, learning_rate_drop=16, **settings)
+    )
+    gan.train(**_settings(workdir=tmp_path / "b", total_images=16, **settings))
+    slow = _settings(workdir=tmp_path / "b", total_images=24, learning_rate=0.0005, **settings)
+    gan.train(**slow)
+    dropped, by_hand = (_state(tmp_path / name, 3) for name in "ab")
+    for name, leaf in by_hand.items():
+        np.testing.assert_array_equal(dropped[name], leaf, err_msg=name)
+
+
 def test_growing_keeps_the_images(whole):
     low = gan._at_resolution(_hyper(), SIZE // 2)
     state = gan_step.init_state(jax.random.key(0), low)

@@ -42,7 +42,7 @@ _SHORT = (0.5, 0.25, 0.1)  # step lengths tried where full steps fail
 _SETTLED = 0.98  # a chord step that leaves more of the residual than this is the last one
 _SHIFT = 3e-6  # of the trace: above what float32 loses in a product of many rows
 _DOUBT = 0.05  # wrong bits expected below which an image is settled
-_LOST = 4.0  # a residual above so many times that of the directions left out: no way from there
+_LOST = 8.0  # a residual above so many times that of the directions left out: no way from there
 _THUMBNAIL = 16
 _RIDGE = 0.1  # of the regression, as a share of the kernel's greatest value
 

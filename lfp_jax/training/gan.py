@@ -28,6 +28,7 @@ from lfp_jax.weights import store
 NAME = "stylegan2-demo"  # of the generator, and of the store in the work folder
 _CHUNK = 100  # generated images at once when measuring; bounds the memory
 _SHOWN = 64  # generated images in a grid
+_DROP = 0.25  # of the learning rate
 _DRAWS = 20  # bootstrap draws of the last distance
 
 # Everything random in a run comes from one of these folds of the seed.
@@ -47,6 +48,7 @@ def train(
     mapping_layers=8,
     batch=16,
     learning_rate=0.002,
+    learning_rate_drop=None,
     r1_gamma=0.5,
     r1_every=16,
     path_weight=0.0,
@@ -78,6 +80,7 @@ def train(
         growth: pairs (resolution, images): the lower resolutions trained first, each for so many
             images and with `r1_gamma` in proportion to the pixels (as arXiv 2006.06676 scales it),
             as the coarse layers of the whole network; `gan_step.grow` adds the finer ones.
+        learning_rate_drop: after so many images the rate is a quarter; None: never.
         channels: feature maps at 4, 8, ..., resolution; `discriminator_channels` likewise.
         ema_images: half-life of the averaged weights.
         log_every, save_every, grid_every: in steps; the first divides the second.
@@ -134,6 +137,8 @@ def train(
                 hyper_now = _at_resolution(hyper, size)
                 grown = gan_step.grow(jax.random.fold_in(fold[_GROWTH], stage), state, hyper_now)
                 state, shown = sharding.replicate(mesh, grown), image_files.shrink(pixels, size)
+            if learning_rate_drop is not None and step * batch >= learning_rate_drop:
+                hyper_now = hyper_now.replace(learning_rate=learning_rate * _DROP)
             u8 = shown[faces.batch_indices(seed, len(shown), batch=batch, step=step)]
             state, metrics = gan_step.train_step(
                 fold[_STEPS], state, sharding.shard(mesh, u8), jnp.asarray(step, jnp.int32),
