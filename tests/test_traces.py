@@ -35,7 +35,9 @@ def cases(quick_compilation):
         latents = generator.sample(keys[2], BANK)
         made = jnp.clip(decoded(generator, latents), -1.0, 1.0)
         metric = jnp.eye(ARCH.w_dim)
-        bank = least_squares.Bank(latents, least_squares.thumbnails(made), metric)
+        small = least_squares.thumbnails(made)
+        regression = least_squares._regress(small, np.asarray(latents))
+        bank = least_squares.Bank(latents, small, *regression, metric)
         return generator, space, bank, made[:IMAGES]
 
     return draw(0), draw(1)
@@ -55,7 +57,7 @@ def adam(key, case, strength):
 
 def lm(key, case, strength):
     generator, space, bank, made = case
-    options = {"bank": bank, "ranks": (4, 4), "jacobians": 2, "chords": 2}
+    options = {"bank": bank, "ranks": (ARCH.w_dim,), "jacobians": 2, "chords": 2}
     options |= {"strength": strength, "code": "antipodal", "progress": False}
     return least_squares.lm(key, generator, space, made, **options)
 
