@@ -2,7 +2,8 @@
 
     python -m lfp_jax.main --config=configs/stylegan2.py
 
-Expect word accuracy 1.0 (32 of 32 pictures), PSNR 29.1 dB; 4 min 38 s on two cores.
+Expect word accuracy 1.0, PSNR 28.7 dB, 693 generator evaluations a picture; 4 min 14 s on
+two cores.
 
 With random weights and everything small, for tests and notebooks (word accuracy means nothing
 there), 19 seconds on two cores:
@@ -32,7 +33,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.seed = 0
     config.generator = "stylegan2-demo"  # a name in the zoo or a path
     config.users = 8
-    config.images = 32
+    config.images = 24
 
     config.basis_samples = 50_000
     config.bits = 64
