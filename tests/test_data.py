@@ -1,11 +1,10 @@
 """The training pictures: read back as written, named when missing, the same batches on resume."""
 
-import json
-import os
 import sys
 
 import numpy as np
 import pytest
+from training_runs import write_pictures
 
 from lfp_jax import images
 from lfp_jax.errors import UserError
@@ -16,17 +15,9 @@ _CHOICES = {"hair": ["bun", "spiky"], "mouth": ["smile", "sad", "agape"]}
 
 def _render(folder, count=20):
     """Write a folder as toon_head.mjs does; every picture holds its own index."""
-    rows = []
-    for i in range(count):
-        file = f"images/000/{i:06d}.png"
-        os.makedirs(folder / "images" / "000", exist_ok=True)
-        images.write_png(str(folder / file), np.full((8, 8, 3), i, np.uint8))
-        labels = {"hair": i % 2, "mouth": i % 3}
-        split = "held_out" if i % 10 == 9 else "train"
-        rows.append(json.dumps({"file": file, "split": split, "labels": labels}))
-    (folder / "choices.json").write_text(json.dumps(_CHOICES))
-    (folder / "labels.jsonl").write_text("\n".join(rows) + "\n")
-    return str(folder)
+    pictures = [np.full((8, 8, 3), i, np.uint8) for i in range(count)]
+    labels = [{"hair": i % 2, "mouth": i % 3} for i in range(count)]
+    return write_pictures(folder, pictures, labels=labels, choices=_CHOICES)
 
 
 def test_splits_hold_the_pictures_with_their_labels_and_need_no_tensorflow(tmp_path):

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from training_runs import log_lines
 
-from lfp_jax import attacks, basis, fingerprint, generators, images, logs, main, sharding
+from lfp_jax import attacks, basis, fingerprint, generators, images, main, sharding
 from lfp_jax.attribution import estimator as estimators
 from lfp_jax.attribution import training
 from lfp_jax.errors import UserError
@@ -67,16 +68,8 @@ def _settings(generator, workdir, **changes):
     return settings | MARK | changes
 
 
-def _lines(workdir):
-    dropped = ("time", "pairs_per_second")
-    return [
-        {k: v for k, v in line.items() if k not in dropped}
-        for line in logs.read_lines(workdir / "log.jsonl")
-    ]
-
-
 def _losses(workdir):
-    return [line["loss"] for line in _lines(workdir) if "loss" in line]
+    return [line["loss"] for line in log_lines(workdir) if "loss" in line]
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +163,8 @@ def test_a_killed_and_resumed_run_equals_the_whole_one(whole, generator, tmp_pat
         trainer.train(**_settings(generator, tmp_path))
     assert not (tmp_path / "estimator").exists()
     trainer.train(**_settings(generator, tmp_path))
-    assert _lines(tmp_path) == _lines(whole)
-    assert [line["step"] for line in _lines(whole)] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+    assert log_lines(tmp_path) == log_lines(whole)
+    assert [line["step"] for line in log_lines(whole)] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
     mine, theirs = (store.load(str(path / "estimator")) for path in (tmp_path, whole))
     jax.tree.map(np.testing.assert_array_equal, mine[0], theirs[0])
     assert mine[1] == theirs[1]
@@ -193,7 +186,7 @@ def test_it_learns_to_read_keys_it_never_saw(generator, space, tmp_path):
     settings = _settings(generator, tmp_path, total_pairs=32 * 300, attacks="paper")
     settings |= {"log_every": 100, "save_every": 300, "evaluate_every": 1000}
     trainer.train(**settings, devices=jax.devices()[:1])
-    fresh = _lines(tmp_path)[-1]["fresh"]
+    fresh = log_lines(tmp_path)[-1]["fresh"]
     assert set(fresh) == {"none", "blur", "noise", "jpeg", "combination"}
     assert fresh["none"] > 0.85, fresh
     assert min(fresh.values()) > 0.55, fresh

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from training_runs import write_pictures
 
 from lfp_jax import images as image_files
 from lfp_jax.errors import UserError
@@ -129,15 +130,10 @@ def test_the_shipped_classifier_knows_what_it_draws():
 def _dark_and_light(folder, *, count):
     """Write a folder as toon_head.mjs does, of dark and light pictures."""
     rng = np.random.default_rng(0)
-    os.makedirs(folder / "images")
-    rows = []
-    for i in range(count):
-        light, file = int(rng.integers(2)), f"images/{i:06d}.png"
+    pictures, labels = [], []
+    for _ in range(count):
+        light = int(rng.integers(2))
         pixels = rng.integers(30, 60, (64, 64, 3)) + 150 * light
-        image_files.write_png(str(folder / file), pixels.astype(np.uint8))
-        split = "held_out" if i % 10 == 9 else "train"
-        labels = {"background": light, "mouth": int(rng.integers(3))}
-        rows.append(json.dumps({"file": file, "split": split, "labels": labels}))
-    (folder / "choices.json").write_text(json.dumps(_CHOICES))
-    (folder / "labels.jsonl").write_text("\n".join(rows) + "\n")
-    return str(folder)
+        pictures.append(pixels.astype(np.uint8))
+        labels.append({"background": light, "mouth": int(rng.integers(3))})
+    return write_pictures(folder, pictures, labels=labels, choices=_CHOICES)

@@ -1,7 +1,5 @@
 """The GAN trainer: exact resume, any number of devices, each term of the losses, what it leaves."""
 
-import json
-import os
 import shutil
 from functools import partial
 
@@ -10,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from training_runs import log_lines, write_plain_pictures
 
 from configs.train_stylegan2_demo import get_config
-from lfp_jax import generators, images, logs, main
+from lfp_jax import generators, images, main
 from lfp_jax.errors import UserError
 from lfp_jax.generators import layers, stylegan2
 from lfp_jax.metrics import distances, features
@@ -40,19 +39,13 @@ def _hyper(**changes):
 
 
 def _render(folder, *, size, count=40):
-    """Write a folder as toon_head.mjs does, of pictures of nearly one colour."""
+    """Write a folder of pictures of nearly one colour."""
     rng = np.random.default_rng(0)
-    os.makedirs(folder / "images" / "000")
-    rows = []
-    for i in range(count):
-        file = f"images/000/{i:06d}.png"
-        u8 = np.asarray(COLOUR) + rng.integers(-15, 16, 3) + np.zeros((size, size, 1), int)
-        images.write_png(str(folder / file), u8.astype(np.uint8))
-        split = "held_out" if i % 10 == 9 else "train"
-        rows.append(json.dumps({"file": file, "split": split, "labels": {"hair": i % 2}}))
-    (folder / "choices.json").write_text(json.dumps({"hair": ["bun", "spiky"]}))
-    (folder / "labels.jsonl").write_text("\n".join(rows) + "\n")
-    return str(folder)
+    pictures = [
+        np.asarray(COLOUR) + rng.integers(-15, 16, 3) + np.zeros((size, size, 1), int)
+        for _ in range(count)
+    ]
+    return write_plain_pictures(folder, np.uint8(pictures))
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +60,6 @@ def _settings(data, workdir, **changes):
     settings |= {"r1_every": 2, "path_every": 2, "path_weight": 1.0}
     del settings["task"]
     return settings | changes
-
-
-def _lines(workdir):
-    lines = logs.read_lines(workdir / "log.jsonl")
-    return [{k: v for k, v in x.items() if k not in ("time", "images_per_second")} for x in lines]
 
 
 def _state(workdir, step):
@@ -94,11 +82,11 @@ def whole(data, tmp_path_factory):
 def test_a_killed_and_resumed_run_equals_the_whole_one(whole, data, tmp_path, killed_after):
     with killed_after(6):
         gan.train(**_settings(data, tmp_path))
-    assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in log_lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert not (tmp_path / "stylegan2-demo").exists()
     gan.train(**_settings(data, tmp_path))
-    assert _lines(tmp_path) == _lines(whole)
-    assert [line["step"] for line in _lines(tmp_path)] == list(range(1, 9))
+    assert log_lines(tmp_path) == log_lines(whole)
+    assert [line["step"] for line in log_lines(tmp_path)] == list(range(1, 9))
     resumed, uninterrupted = _state(tmp_path, 8), _state(whole, 8)
     assert resumed.keys() == uninterrupted.keys() and len(resumed) > 100
     for name, leaf in uninterrupted.items():
@@ -111,8 +99,8 @@ def test_a_run_killed_where_a_resolution_ends_goes_on_the_same(whole, data, tmp_
     gan.train(**_settings(data, tmp_path, total_images=16))
     assert images.read(tmp_path / "samples-00000016.png").shape < (8 * SIZE, 8 * SIZE, 3)
     gan.train(**_settings(data, tmp_path, total_images=32))
-    lines = _lines(whole)
-    assert _lines(tmp_path) == lines[:4]
+    lines = log_lines(whole)
+    assert log_lines(tmp_path) == lines[:4]
 
 
 def test_the_learning_rate_drops_to_a_quarter(data, tmp_path):
@@ -154,7 +142,7 @@ def test_growing_keeps_the_images(whole):
 def test_one_device_equals_four(whole, data, tmp_path):
     one = jax.devices()[:1]
     gan.train(**_settings(data, tmp_path, total_images=8, devices=one))
-    [mine], four = _lines(tmp_path), _lines(whole)[0]
+    [mine], four = log_lines(tmp_path), log_lines(whole)[0]
     assert mine.keys() == four.keys() >= {"d_loss", "g_loss", "r1", "path"}
     for name, value in mine.items():  # the log keeps five decimals
         np.testing.assert_allclose(value, four[name], rtol=1e-5, atol=1.1e-5, err_msg=name)
@@ -175,7 +163,7 @@ def test_it_learns_the_colour_of_the_pictures(whole, data, tmp_path):
         return np.abs(np.asarray(made).mean(axis=(0, 1, 2)) - wanted).max()
 
     assert error(trained) < min(0.5, error(untrained))  # below 0.35 where it was measured
-    lines = _lines(workdir)
+    lines = log_lines(workdir)
     early = np.mean([x["d_real"] - x["d_fake"] for x in lines[10:40]])
     assert early > 0.0  # the discriminator tells real from generated
 
@@ -220,7 +208,7 @@ def test_the_distance_on_the_way_and_at_the_end(tmp_path, monkeypatch):
     changes |= {"growth": ()}
     changes |= {"fd_every": 2, "fd_images": 100, "save_every": 4}
     trained = gan.train(**_settings(data, tmp_path, **changes))
-    distance = [(line["step"], line["fd"]) for line in _lines(tmp_path) if "fd" in line]
+    distance = [(line["step"], line["fd"]) for line in log_lines(tmp_path) if "fd" in line]
     assert [step for step, _ in distance] == [2, 3]
     found = store.load(str(tmp_path / "stylegan2-demo"))[1]["training"]["fd"]
     assert found["images"] == 100 and found["low"] <= found["value"] <= found["high"]
@@ -310,7 +298,7 @@ def test_the_path_penalty_evens_out_the_path_lengths():
 
 
 def test_the_path_penalty_and_r1_are_lazy(whole):
-    lines = _lines(whole)
+    lines = log_lines(whole)
     assert [("path" in line, "r1" in line) for line in lines] == [(True,) * 2, (False,) * 2] * 4
     assert _state(whole, 8)[".path_length"] > 0.0
 

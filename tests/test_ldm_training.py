@@ -1,17 +1,16 @@
 """The trainer of the latent-diffusion demo: both stages, exact resume, any number of devices."""
 
-import json
-import os
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from training_runs import log_lines, write_plain_pictures
 
 import lfp_jax
 from configs.train_ldm_demo import get_config
-from lfp_jax import images, logs, main
+from lfp_jax import images, main
 from lfp_jax.errors import UserError
 from lfp_jax.generators import diffusion as schedules
 from lfp_jax.generators.first_stage import quantize
@@ -29,20 +28,14 @@ COLOUR = (224, 64, 32)
 
 
 def _render(folder, *, size, count=40):
-    """Write a folder as toon_head.mjs does: pictures in two halves, of light and dark colours."""
+    """Write a folder of pictures in two halves, of light and dark colours."""
     rng = np.random.default_rng(0)
-    os.makedirs(folder / "images" / "000")
-    rows = []
+    pictures = []
     for i in range(count):
-        file = f"images/000/{i:06d}.png"
         u8 = np.asarray(COLOUR) + rng.integers(-30, 31, 3) + np.zeros((size, size, 1), int)
         u8[: size // 2] //= 1 + i % 3
-        images.write_png(str(folder / file), u8.astype(np.uint8))
-        split = "held_out" if i % 10 == 9 else "train"
-        rows.append(json.dumps({"file": file, "split": split, "labels": {"hair": i % 2}}))
-    (folder / "choices.json").write_text(json.dumps({"hair": ["bun", "spiky"]}))
-    (folder / "labels.jsonl").write_text("\n".join(rows) + "\n")
-    return str(folder)
+        pictures.append(u8)
+    return write_plain_pictures(folder, np.uint8(pictures))
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +64,6 @@ def _hypers(*, first_stage=None, diffusion=None):
 def _folders(workdir):
     [diffusion] = workdir.glob("diffusion-*")
     return workdir / "first_stage", diffusion
-
-
-def _lines(folder):
-    lines = logs.read_lines(folder / "log.jsonl")
-    return [{k: v for k, v in x.items() if k not in ("time", "images_per_second")} for x in lines]
 
 
 def _states(workdir, step):
@@ -108,7 +96,7 @@ def whole(data, tmp_path_factory):
 
 def _assert_equal_runs(mine, whole):
     for ours, theirs in zip(_folders(mine), _folders(whole), strict=True):
-        assert _lines(ours) == _lines(theirs) and len(_lines(ours)) == 4
+        assert log_lines(ours) == log_lines(theirs) and len(log_lines(ours)) == 4
     resumed, uninterrupted = _states(mine, 4), _states(whole, 4)
     assert resumed.keys() == uninterrupted.keys() and len(resumed) > 100
     for name, leaf in uninterrupted.items():
@@ -123,7 +111,7 @@ def test_a_run_killed_in_either_stage_equals_the_whole_one(whole, data, tmp_path
     assert lfp_jax.load_generator(str(tmp_path / "ldm-demo")).unet is None
     with killed_after(3):
         ldm.train(**_settings(data, tmp_path))
-    assert len(_lines(_folders(tmp_path)[1])) == 3
+    assert len(log_lines(_folders(tmp_path)[1])) == 3
     ldm.train(**_settings(data, tmp_path))
     _assert_equal_runs(tmp_path, whole)
     assert lfp_jax.load_generator(str(tmp_path / "ldm-demo")).unet is not None
@@ -132,7 +120,7 @@ def test_a_run_killed_in_either_stage_equals_the_whole_one(whole, data, tmp_path
 def test_one_device_equals_four(whole, data, tmp_path):
     ldm.train(**_settings(data, tmp_path, devices=jax.devices()[:1]))
     for mine, four in zip(_folders(tmp_path), _folders(whole), strict=True):
-        for ours, theirs in zip(_lines(mine), _lines(four), strict=True):
+        for ours, theirs in zip(log_lines(mine), log_lines(four), strict=True):
             assert ours.keys() == theirs.keys() > {"step", "images"}
             for name, value in ours.items():
                 np.testing.assert_allclose(value, theirs[name], rtol=1e-5, atol=2e-6, err_msg=name)
@@ -145,7 +133,7 @@ def test_both_losses_fall(data, tmp_path):
         grid_every=0,
     )  # fmt: skip
     generator = ldm.train(**settings)
-    first, second = map(_lines, _folders(tmp_path))
+    first, second = map(log_lines, _folders(tmp_path))
     assert first[-1]["l1"] < 0.4 * first[0]["l1"]
     assert second[-1]["loss"] < 0.7 * second[0]["loss"] and second[0]["loss"] < 1.5
     # What it makes has the colours of the pictures, in their places.
@@ -218,7 +206,7 @@ def test_a_first_stage_trained_further_gets_a_unet_of_its_own(whole, data, tmp_p
     ldm.train(**_settings(data, workdir, first_stage={"total_images": 40}))
     folders = sorted(workdir.glob("diffusion-*"))
     assert len(folders) == 2
-    assert all(len(_lines(folder)) == 4 for folder in folders)
+    assert all(len(log_lines(folder)) == 4 for folder in folders)
 
 
 def test_distances_are_measured_on_the_way_and_at_the_end(tmp_path, monkeypatch):
@@ -239,7 +227,7 @@ def test_distances_are_measured_on_the_way_and_at_the_end(tmp_path, monkeypatch)
     assert facts["first_stage"]["fd"]["images"] == 4  # all held-out pictures that there are
     assert facts["diffusion"]["fd"]["images"] == 8
     for stage, folder in zip(facts.values(), _folders(tmp_path), strict=True):
-        [found] = [line["fd"] for line in _lines(folder) if "fd" in line]
+        [found] = [line["fd"] for line in log_lines(folder) if "fd" in line]
         np.testing.assert_allclose(found, stage["fd"]["value"], rtol=1e-3)
 
 
@@ -265,6 +253,21 @@ def test_settings_that_do_not_fit_are_named(stage, changes, says, data, tmp_path
 def test_pictures_of_another_size_are_refused(data, tmp_path):
     with pytest.raises(UserError, match="are 8x8; resolution=16"):
         ldm.train(**_settings(data, tmp_path, resolution=16))
+
+
+def test_programs_of_grids_and_distances_serve_every_step():
+    first_hyper, hyper = _hypers()
+    keys = jax.random.split(jax.random.key(0))
+    firsts = [
+        ldm._freeze_first_stage(first_step.init_state(key, first_hyper), first_hyper.arch)
+        for key in keys
+    ]
+    whole = [
+        ldm._freeze_unet(diffusion_step.init_state(key, hyper), firsts[0].replace(arch=hyper.arch))
+        for key in keys
+    ]
+    for one, other in (firsts, whole):
+        assert jax.tree.structure(one) == jax.tree.structure(other)
 
 
 def test_the_first_batch_sets_all_codes_and_codes_move_to_what_they_stand_for():

@@ -37,7 +37,7 @@ def cases(model):
     rows = jnp.concatenate([far, near])
     metric = jnp.mean(jax.vmap(partial(least_squares._local_metric, generator))(far[:4]), axis=0)
     small = least_squares.thumbnails(generator.decode(rows))
-    bank = least_squares.Bank(rows, small, *least_squares._regress(small, np.asarray(rows)), metric)
+    bank = least_squares.Bank(rows, small, least_squares._regress(small, np.asarray(rows)), metric)
     keys = np.asarray(jax.random.bernoulli(jax.random.key(2), 0.5, (4, BITS)), np.uint8)
     made = {}
     for code in ("antipodal", "binary"):

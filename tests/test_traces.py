@@ -37,7 +37,7 @@ def cases(quick_compilation):
         metric = jnp.eye(ARCH.w_dim)
         small = least_squares.thumbnails(made)
         regression = least_squares._regress(small, np.asarray(latents))
-        bank = least_squares.Bank(latents, small, *regression, metric)
+        bank = least_squares.Bank(latents, small, regression, metric)
         return generator, space, bank, made[:IMAGES]
 
     return draw(0), draw(1)

@@ -39,7 +39,7 @@ _QUANTUM = (2.0 / 255.0) ** 2 / 12.0  # variance of rounding to 8 bits on the [-
 _FLOOR = 1.1 * _QUANTUM**0.5  # a residual below this is rounding alone
 _STALLED = 0.99  # a step that leaves more of the residual than this has stalled
 _SHORT = (0.5, 0.25, 0.1)  # step lengths tried where full steps fail
-_SETTLED = 0.98  # a chord step that leaves more of the residual than this is the last one
+_SLOW = 0.98  # a chord step that leaves more of the residual than this is the last one
 _SHIFT = 3e-6  # of the trace: above what float32 loses in a product of many rows
 _DOUBT = 0.05  # wrong bits expected below which an image is settled
 _LOST = 8.0  # a residual above so many times that of the directions left out: no way from there
@@ -53,7 +53,6 @@ class Bank(flax.struct.PyTreeNode):
     latents: jax.Array  # [N, d]
     thumbnails: jax.Array  # [N, t * t * C], small pictures of them
     regression: jax.Array  # [N, d], weights of kernel ridge regression, latents by thumbnails
-    width: jax.Array  # [], of its kernel: mean square distance of thumbnails
     metric: jax.Array  # [d, d], mean of J^T J over the prior, J = d image / d latent
 
 
@@ -98,25 +97,26 @@ def make_bank(key, generator, *, size, jacobians=8, batch=256):
         for w in latents[:jacobians]:
             metric += _local_metric(generator, w) / jacobians
             progress.update(size)
-    return Bank(latents, small, *_regress(small, latents), metric)
+    return Bank(latents, small, _regress(small, latents), metric)
 
 
 def _regress(small, latents):
-    """Fit kernel ridge regression on the host: weights [N, d] and the kernel's width."""
-    width = 2.0 * np.float32(np.var(small, axis=0).sum())
-    kernel = np.array(_kernel(small, small, width))
+    """Fit kernel ridge regression on the host: weights [N, d]."""
+    kernel = np.array(_kernel(_squares(small, small), small))
     kernel[np.diag_indices(len(kernel))] += _RIDGE
     factor = scipy.linalg.cho_factor(kernel, overwrite_a=True, check_finite=False)
-    return scipy.linalg.cho_solve(factor, latents - latents.mean(0)), width
+    return scipy.linalg.cho_solve(factor, latents - latents.mean(0))
 
 
 @jax.jit
-def _kernel(left, right, width):
-    """Gaussian kernel [n, m] of the distance between thumbnails."""
-    return jnp.exp(-jnp.maximum(_squares(left, right), 0.0) / width)
+def _kernel(squares, small):
+    """Gaussian kernel of squared distances, as wide as the mean one of the bank's thumbnails."""
+    return jnp.exp(-jnp.maximum(squares, 0.0) / (2.0 * jnp.var(small, axis=0).sum()))
 
 
+@jax.jit
 def _squares(left, right):
+    """Squared distances [n, m] of rows."""
     product = jnp.einsum("nt,mt->nm", left, right, precision="highest")
     norms = [jnp.sum(jnp.square(rows), axis=1) for rows in (left, right)]
     return norms[0][:, None] + norms[1][None] - 2.0 * product
@@ -136,15 +136,11 @@ def guesses(bank, images, *, count):
 
     Regression is nearer on the whole, a sample is never far off the prior.
     """
-    small = thumbnails(images)
-    regressed = jnp.einsum(
-        "nb,bd->nd",
-        _kernel(small, bank.thumbnails, bank.width),
-        bank.regression,
-        precision="highest",
-    )
+    squares = _squares(thumbnails(images), bank.thumbnails)
+    kernel = _kernel(squares, bank.thumbnails)
+    regressed = jnp.einsum("nb,bd->nd", kernel, bank.regression, precision="highest")
     first = jnp.mean(bank.latents, axis=0)[None] + regressed
-    near = jax.lax.top_k(-_squares(small, bank.thumbnails), count)[1][:, : count - 1]
+    near = jax.lax.top_k(-squares, count - 1)[1]
     return jnp.concatenate([first[:, None], bank.latents[near]], axis=1)
 
 
@@ -347,7 +343,7 @@ def _outer_step(generator, frame, targets, theta, *, rank, chords):
         *reached, after = _chord(generator, frame, targets, *end, *linear)
         end = jax.tree.map(partial(_choose, goes_on), tuple(reached), end)
         count += goes_on
-        goes_on = goes_on & ((step == 0) | np.asarray(after < _SETTLED**2 * before))
+        goes_on = goes_on & ((step == 0) | np.asarray(after < _SLOW**2 * before))
         before = after
         if not goes_on.any():
             break
@@ -414,7 +410,7 @@ def lm(
     q = frame.directions.shape[1]
     plan = [min(rank, q) for rank in ranks] + [q] * jacobians
     n = len(images)
-    near = guesses(bank, images, count=starts)
+    guessed = guesses(bank, images, count=starts)
     theta = np.zeros((n, q), np.float32)
     soft = np.zeros((n, space.carrier.shape[1]), np.float32)
     rms, evaluations = np.full(n, np.inf), np.ones(n)
@@ -422,7 +418,7 @@ def lm(
         for i in range(n):
             image = images[i : i + 1]
             for start in range(starts):
-                begin = _begin(frame, space, near[i : i + 1, start])
+                begin = _begin(frame, space, guessed[i : i + 1, start])
                 found = _attempt(
                     generator, frame, image, begin, plan=plan, coarse=len(ranks), chords=chords
                 )

@@ -14,6 +14,7 @@ from lfp_jax import images as image_files
 from lfp_jax import logs, sharding
 from lfp_jax.metrics import distances, features
 from lfp_jax.training import data as pictures
+from lfp_jax.training.steps import from_uint8
 
 _LOG_EVERY = 50
 _CHUNK = 256  # pictures at once when measuring; bounds the memory
@@ -179,7 +180,7 @@ def augment(key: jax.Array, images: jax.Array) -> jax.Array:
         float32 of the same shape, nominally in [-1, 1].
     """
     key_flip, key_light, key_sigma, key_noise = jax.random.split(key, 4)
-    x = images.astype(jnp.float32) / 127.5 - 1.0
+    x = from_uint8(images)
     each = (len(images), 1, 1, 1)
     x = jnp.where(jax.random.bernoulli(key_flip, 0.5, each), x[:, :, ::-1], x)
     light = jax.random.uniform(key_light, each, minval=-0.05, maxval=0.05)

@@ -97,9 +97,9 @@ def train(
     first, latents, fd = _encode_all(first, pixels, held_out, workdir, fold[_QUALITY], fd_images)
     facts = {"first_stage": {"images": seen, **fd}}
     output.write_curve(folder, facts["first_stage"], losses=_FIRST_LOSSES)
+    shipped = _ship(first, workdir, facts)
     if hyper is None:
-        return _ship(first, workdir, facts)
-    _ship(first, workdir, facts)
+        return shipped
 
     # --- UNet ------------------------------------------------------------------------------------
     first = first.replace(arch=hyper.arch)
@@ -108,7 +108,7 @@ def train(
     state, seen = run(stage, folder=folder, schedule=schedule)
     generator = _freeze_unet(state, first)
     facts["diffusion"] = {"images": seen}
-    if _measurable(generator, fd_images):
+    if output.measurable(generator.image_shape, fd_images):
         draw = partial(_sample, fold[_QUALITY], generator, steps=sample_steps)
         found = output.frechet(fold[_QUALITY], draw, fd_images, draws=_DRAWS)
         facts["diffusion"]["fd"] = {**found, "steps": sample_steps}
@@ -300,9 +300,12 @@ def _diffusion_stage(fold, hyper, first, latents, fd_images, sample_steps):
 
 
 def _freeze_first_stage(state, arch):
-    """Make a generator of a state's averages, rounded as stored; its latents are not scaled yet."""
+    """Make a generator of a state's averages, rounded as stored; its latents are not scaled yet.
+
+    It has no hash, which is static: each grid would compile its programs anew.
+    """
     params, codebook = jax.device_get((state.average, state.codebook))
-    generator = ldm.LatentDiffusion(
+    return ldm.LatentDiffusion(
         **output.round_to_float16(params),
         codebook=output.round_to_float16(codebook),
         unet=None,
@@ -312,28 +315,27 @@ def _freeze_first_stage(state, arch):
         arch=arch,
         name=NAME,
     )
-    return generator.replace(sha256=output.hash_leaves(generator))
 
 
 def _freeze_unet(state, first):
-    params = output.round_to_float16(jax.device_get(state.average))
-    generator = first.replace(unet=params)
-    return generator.replace(sha256=output.hash_leaves(generator))
+    """Add a state's averages, rounded as stored; the hash is still the first stage's."""
+    return first.replace(unet=output.round_to_float16(jax.device_get(state.average)))
 
 
 def _encode_all(first, pixels, held_out, workdir, key, fd_images):
     """Encode the training pictures, or read what an earlier run encoded with this first stage.
 
     Returns:
-        The first stage with the shift and scale that make its latents N(0, 1) over all, those
-        latents [n, h, w, c] float16, and {"fd": distance of reconstructions}, if it is measured.
+        The first stage with its hash and the shift and scale that make its latents N(0, 1) over
+        all, those latents [n, h, w, c] float16, and {"fd": distance of reconstructions}, if it is
+        measured.
     """
-    path = os.path.join(workdir, "latents")
-    made_by = {"first_stage": first.sha256, "fd_images": fd_images}
+    path, digest = os.path.join(workdir, "latents"), output.hash_leaves(first)
+    made_by = {"first_stage": digest, "fd_images": fd_images}
     tree, metadata = store.load(path) if store.is_store(path) else (None, {})
     if metadata.get("made_by") != made_by:
         found = {}
-        if _measurable(first, fd_images):
+        if output.measurable(first.image_shape, fd_images):
             interval = {"draws": _DRAWS}
             fd = _reconstruction_distance(key, first, held_out(), fd_images, **interval)
             found = {"fd": {**fd, "of": "reconstructions of held-out pictures"}}
@@ -343,7 +345,8 @@ def _encode_all(first, pixels, held_out, workdir, key, fd_images):
         tree = {"latents": latents, "shift": np.float32(shift), "scale": np.float32(1 / deviation)}
         metadata = {"made_by": made_by, "measured": found}
         store.save(path, tree, metadata)
-    first = first.replace(shift=jnp.asarray(tree["shift"]), scale_factor=jnp.asarray(tree["scale"]))
+    scaling = {"shift": jnp.asarray(tree["shift"]), "scale_factor": jnp.asarray(tree["scale"])}
+    first = first.replace(sha256=digest, **scaling)
     return first, tree["latents"], metadata["measured"]
 
 
@@ -369,10 +372,6 @@ def _show(first, u8):
     pairs = list(pairs)
     rows = [pairs[i : i + _COLUMNS] for i in range(0, len(pairs), _COLUMNS)]
     return np.stack([image for row in rows for side in zip(*row, strict=True) for image in side])
-
-
-def _measurable(generator, fd_images):
-    return bool(fd_images) and generator.image_shape == (features.SIZE, features.SIZE, 3)
 
 
 def _reconstruction_distance(key, first, u8, fd_images, *, draws=0):

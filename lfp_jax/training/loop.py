@@ -86,8 +86,8 @@ def run(stage, *, folder, mesh, seed, schedule):
     if start:
         state = store.restore_step(manager, start, like=state)
     log = MetricLog(os.path.join(folder, "log.jsonl"))
-    rows = stage.rows() if start < steps else None
     if start < steps:
+        rows = stage.rows()
         log.truncate(start)
     done, window = start, Window(start, batch=batch, digits=6)
     total = max(steps, start) * batch

@@ -27,7 +27,7 @@ def check_distance(size, *, fd_every, fd_images):
     Raises:
         UserError: too few images, or `fd_every` for a size that the features do not take.
     """
-    if fd_every and tuple(size) != (features.SIZE, features.SIZE, 3):
+    if fd_every and not measurable(size, fd_every):
         raise UserError(
             f"fd_every needs images of {features.SIZE}x{features.SIZE}x3, which the "
             f"{features.NAME} takes; got {'x'.join(map(str, size))}. Set fd_every=0."
@@ -95,19 +95,22 @@ def hash_leaves(generator):
     return digest.hexdigest()
 
 
-def write_curve(folder, training, *, losses=None):
+def measurable(size, wanted):
+    """Tell whether a distance is wanted, and its features take images [H, W, C] = `size`."""
+    return bool(wanted) and tuple(size) == (features.SIZE, features.SIZE, 3)
+
+
+def write_curve(folder, training, **options):
     """Draw curve.png of the log.jsonl in a folder.
 
     Args:
         folder: that of the run.
         training: {"images": seen, "fd": the last distance, where there is one}.
-        losses: as `plots.training_curve`.
+        **options: of `plots.training_curve`.
     """
     path = os.path.join(folder, "log.jsonl")
     lines = read_lines(path) if os.path.exists(path) else []
     if "fd" in training:
         lines.append({"images": training["images"], "fd": training["fd"]["value"]})
-    options = {} if losses is None else {"losses": losses}
-    plots.training_curve(
-        os.path.join(folder, "curve.png"), lines, features=features.NAME, **options
-    )
+    path = os.path.join(folder, "curve.png")
+    plots.training_curve(path, lines, features=features.NAME, **options)
