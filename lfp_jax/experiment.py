@@ -43,6 +43,7 @@ def run(config, workdir):
 
     # --- generator and basis -----------------------------------------------------------------
     generator = _load_generator(config.generator)
+    print(generators.describe(generator), flush=True)
     directions = _basis(fold[_BASIS], generator, config.basis_samples, workdir, config.seed)
     space = basis.split(directions, bits=config.bits, shift=config.shift)
 

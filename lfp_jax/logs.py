@@ -21,17 +21,27 @@ _LINE_SECONDS = 30.0  # between lines where the stream is a file: a log must not
 _REDRAW_SECONDS = 0.2  # between redraws where the stream is a terminal
 
 
+def write_file(path: str | os.PathLike, text: str) -> None:
+    """Write a file in one step, making its folder: readers see the old file or the new one.
+
+    Args:
+      path: the file.
+      text: its content, without the newline at the end.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.replacing(path) as part:
+        Path(part).write_text(f"{text}\n", encoding="utf-8")
+
+
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write a JSON file in one step, making its folder: readers see the old file or the new one.
+    """Write a JSON file as `write_file` does.
 
     Args:
       path: the file.
       value: anything JSON can say, with arrays and scalars of numpy or jax in it.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with files.replacing(path) as part:
-        Path(part).write_text(json.dumps(_plain(value), indent=2) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(_plain(value), indent=2))
 
 
 def read_lines(path: str | os.PathLike) -> list[dict[str, Any]]:

@@ -73,7 +73,9 @@ def _dispatch(flags) -> int:
     if mode == "convert":
         if not (flags.source and flags.target):
             raise UserError("--mode=convert needs --source=FILE and --target=DIR.")
-        importlib.import_module("lfp_jax.generators").convert(flags.source, flags.target)
+        generators = importlib.import_module("lfp_jax.generators")
+        print(generators.describe(generators.convert(flags.source, flags.target)))
+        print(f"Weights: {flags.target}/")
         return 0
     if config is None:
         raise UserError("--config=FILE is missing, e.g. --config=configs/stylegan2.py. See --help.")

@@ -172,7 +172,7 @@ def test_a_checkpoint_is_finished_without_steps_or_pictures(whole, tmp_path, pyt
     workdir = tmp_path / "run"
     shutil.copytree(whole, workdir)
     shutil.rmtree(workdir / "stylegan2-demo")
-    for file in ("curve.png", "samples-00000064.png"):
+    for file in ("curve.png", "samples-00000064.png", "parameters.txt"):
         (workdir / file).unlink()
     before = (workdir / "log.jsonl").read_bytes()
     config = pytestconfig.rootpath / "configs" / "train_stylegan2_demo.py"
@@ -183,6 +183,7 @@ def test_a_checkpoint_is_finished_without_steps_or_pictures(whole, tmp_path, pyt
     assert (workdir / "log.jsonl").read_bytes() == before
     assert images.read(workdir / "curve.png").std() > 5
     assert (workdir / "samples-00000064.png").exists()
+    assert "generator/synthesis/const" in (workdir / "parameters.txt").read_text()
 
     tree, metadata = store.load(str(workdir / "stylegan2-demo"))
     assert metadata["training"] == {"images": 64}

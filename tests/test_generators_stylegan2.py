@@ -12,7 +12,7 @@ import lfp_jax
 from lfp_jax import fingerprint, images
 from lfp_jax.basis import Basis, split
 from lfp_jax.errors import UserError
-from lfp_jax.generators import convert, layers, stylegan2
+from lfp_jax.generators import convert, describe, layers, stylegan2
 
 GOLDEN = Path(__file__).parent / "golden"
 IMAGE = {"atol": 2e-4, "rtol": 2e-4}
@@ -163,10 +163,20 @@ def test_fingerprinted_image_end_to_end(rosinality):
 
 def test_converted_generator_makes_the_same_images(nvlabs, tmp_path):
     gen, io = nvlabs
-    convert(str(GOLDEN / "sg2_nvlabs" / "model.pkl"), str(tmp_path / "store"))
+    made = convert(str(GOLDEN / "sg2_nvlabs" / "model.pkl"), str(tmp_path / "store"))
+    assert describe(made) == describe(gen)
     again = lfp_jax.load_generator(str(tmp_path / "store"))
     np.testing.assert_array_equal(gen.decode(io["wplus"]), again.decode(io["wplus"]))
     assert again.sha256 == gen.sha256
+
+
+def test_a_description_counts_parameters(nvlabs):
+    gen, _ = nvlabs
+    mapping = sum(leaf.size for leaf in jax.tree.leaves(gen.mapping))
+    height, width, _ = gen.image_shape
+    said = describe(gen)
+    assert f"images {height}x{width}x3" in said
+    assert f"mapping {mapping:,}, synthesis" in said
 
 
 def test_convert_keeps_a_folder_that_is_no_store(tmp_path):

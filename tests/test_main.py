@@ -27,7 +27,9 @@ def calls(monkeypatch):
         "lfp_jax.training.classifier": types.SimpleNamespace(
             train=lambda **k: seen.append(("classifier", k))
         ),
-        "lfp_jax.generators": types.SimpleNamespace(convert=lambda *a: seen.append(("convert", a))),
+        "lfp_jax.generators": types.SimpleNamespace(
+            convert=lambda *a: seen.append(("convert", a)), describe=lambda _: "a generator"
+        ),
     }
     monkeypatch.setattr(main.importlib, "import_module", modules.__getitem__)
     return seen
@@ -98,9 +100,10 @@ def test_train_gets_plain_keywords(task, trainer, calls, tmp_path):
     assert type(keywords["adam"]) is dict
 
 
-def test_convert_needs_no_config(calls):
+def test_convert_needs_no_config_and_says_what_it_read(calls, capsys):
     assert _main("--mode=convert", "--source=a.pt", "--target=b") == 0
     assert calls == [("convert", ("a.pt", "b"))]
+    assert capsys.readouterr().out == "a generator\nWeights: b/\n"
 
 
 def test_ctrl_c_is_one_line_and_status_130(monkeypatch, capsys):

@@ -5,6 +5,7 @@ import os
 
 import jax.numpy as jnp
 import numpy as np
+from clu import parameter_overview
 
 from lfp_jax.errors import UserError
 from lfp_jax.generators import assemble, ldm, stylegan2, zoo
@@ -80,6 +81,9 @@ def convert(source, target, *, hparams=None, ema=True):
         target: the folder to write; loading it needs no converter.
         hparams, ema: as `load`.
 
+    Returns:
+        The generator.
+
     Raises:
         UserError: a source that cannot be read, or a target that exists and is no store.
     """
@@ -90,6 +94,17 @@ def convert(source, target, *, hparams=None, ema=True):
     save(
         target, generator, source_format=checkpoint.source, licence=zoo.LICENCES[checkpoint.source]
     )
+    return generator
+
+
+def describe(generator):
+    """Say in one line what a generator is: its shapes, and the parameters of its networks."""
+    networks = ("mapping", "synthesis", "encoder", "decoder", "unet")
+    held = {name: getattr(generator, name, None) for name in networks}
+    counts = {n: parameter_overview.count_parameters(p) for n, p in held.items() if p is not None}
+    parts = ", ".join(f"{name} {int(count):,}" for name, count in counts.items())
+    latent, image = ("x".join(map(str, s)) for s in (generator.latent_shape, generator.image_shape))
+    return f"{generator.name}: images {image} of latents {latent}, parameters: {parts}"
 
 
 def save(target, generator, *, source_format, licence, dtype=np.float32, **more):

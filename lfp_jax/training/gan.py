@@ -72,9 +72,9 @@ def train(
 
     Args:
         data: what toon_head.mjs wrote (see `training.data.load_split`).
-        workdir: gets checkpoints/, log.jsonl (losses are means since the line before), sample
-            grids and, at the end, the averaged generator as the store `stylegan2-demo` in float16
-            and curve.png.
+        workdir: gets parameters.txt, checkpoints/, log.jsonl (losses are means since the line
+            before), sample grids and, at the end, the averaged generator as the store
+            `stylegan2-demo` in float16 and curve.png.
         total_images: stop after so many real images.
         resolution: of the images, and of the pictures in the folder.
         growth: pairs (resolution, images): the lower resolutions trained first, each for so many
@@ -120,6 +120,8 @@ def train(
     state = sharding.replicate(mesh, gan_step.init_state(fold[_INIT], hyper_now))
     if start:
         state = store.restore_step(manager, start, like=state)
+    networks = {"generator": state.generator, "discriminator": state.discriminator}
+    output.write_parameters(workdir, networks)
     log = MetricLog(os.path.join(workdir, "log.jsonl"))
     averaged = partial(gan_step.averaged_generator, fold[_NOISE], name=NAME)
 

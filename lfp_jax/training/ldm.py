@@ -59,10 +59,10 @@ def train(
         data: what toon_head.mjs wrote (see `training.data.load_split`); not read where both stages
             are done and the latents still lie in the workdir.
         workdir: gets first_stage/ and one diffusion-.../ for each first stage, named after its
-            hash, with checkpoints/, log.jsonl, grids (of the first stage: rows of held-out
-            pictures, each above its reconstructions) and curve.png; latents/, those of all training
-            pictures; and the averaged networks as the store `ldm-demo` in float16, at first
-            without the UNet, so that it can be looked at while that is trained.
+            hash, with parameters.txt, checkpoints/, log.jsonl, grids (of the first stage: rows of
+            held-out pictures, each above its reconstructions) and curve.png; latents/, those of all
+            training pictures; and the averaged networks as the store `ldm-demo` in float16, at
+            first without the UNet, so that it can be looked at while that is trained.
         first_stage: settings of the first stage, see `plan_first_stage`.
         diffusion: those of the UNet, see `plan_diffusion`; total_images=0 for none.
         resolution: of the pictures in the folder.
@@ -92,6 +92,7 @@ def train(
     # --- first stage -----------------------------------------------------------------------------
     stage = _first_stage(fold, first_hyper, pixels, held_out, fd_images)
     folder = os.path.join(workdir, "first_stage")
+    output.write_parameters(folder, stage.initial.params)
     state, seen = run(stage, folder=folder, schedule=first_schedule)
     first = _freeze_first_stage(state, first_hyper.arch)
     first, latents, fd = _encode_all(first, pixels, held_out, workdir, fold[_QUALITY], fd_images)
@@ -105,6 +106,7 @@ def train(
     first = first.replace(arch=hyper.arch)
     stage = _diffusion_stage(fold, hyper, first, latents, fd_images, sample_steps)
     folder = os.path.join(workdir, f"diffusion-{first.sha256[:8]}")
+    output.write_parameters(folder, {"unet": stage.initial.params})
     state, seen = run(stage, folder=folder, schedule=schedule)
     generator = _freeze_unet(state, first)
     facts["diffusion"] = {"images": seen}

@@ -6,10 +6,11 @@ import os
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clu import parameter_overview
 
 from lfp_jax import images as image_files
 from lfp_jax.errors import UserError
-from lfp_jax.logs import read_lines
+from lfp_jax.logs import read_lines, write_file
 from lfp_jax.metrics import distances, features
 from lfp_jax.report import plots
 from lfp_jax.training import data as faces
@@ -47,6 +48,12 @@ def load_pixels(data, split, *, resolution):
         height, width = pixels.shape[1:3]
         raise UserError(f"The pictures in '{data}' are {height}x{width}; resolution={resolution}.")
     return pixels
+
+
+def write_parameters(folder, networks):
+    """Write parameters.txt: each parameter of some networks, {name: params}, with its size."""
+    overview = parameter_overview.get_parameter_overview(networks, include_stats=False)
+    write_file(os.path.join(folder, "parameters.txt"), overview)
 
 
 def write_grid(workdir, made, *, images):
