@@ -216,7 +216,8 @@ def test_sampling_depends_on_the_global_index_only():
     gen, key = tiny(), jax.random.key(1)
     whole = gen.sample(key, 6)
     parts = [gen.sample(key, 2, start=0), gen.sample(key, 4, start=2)]
-    np.testing.assert_array_equal(whole, jnp.concatenate(parts))
+    # The draws are the same; the last bits of a product may hang on the size of the batch.
+    np.testing.assert_allclose(whole, jnp.concatenate(parts), rtol=1e-5, atol=1e-6)
 
 
 def test_random_noise_depends_on_its_key():

@@ -103,12 +103,17 @@ def _to_square(corners):
     first, second, third, fourth = corners
     bend = first - second + third - fourth
     one, two = second - third, fourth - third
-    area = jnp.cross(one, two)
-    g, h = jnp.cross(bend, two) / area, jnp.cross(one, bend) / area
+    area = _area(one, two)
+    g, h = _area(bend, two) / area, _area(one, bend) / area
     a = jnp.append(fourth - first + h * fourth, h)  # the image of (1, 0, 0), ...
     b = jnp.append(second - first + g * second, g)
     c = jnp.append(first, 1.0)
     return jnp.stack([jnp.cross(b, c), jnp.cross(c, a), jnp.cross(a, b)])
+
+
+def _area(a, b):
+    """Signed area of the parallelogram that two vectors [2] span."""
+    return a[0] * b[1] - a[1] * b[0]
 
 
 def _places(height, width):
