@@ -10,10 +10,10 @@ there), 19 seconds on two cores:
 
     python -m lfp_jax.main --config=configs/stylegan2.py:tiny
 
-The paper's estimator and its design point, on the same pictures; hours on two cores, not yet
-measured in full:
+The paper's estimator and its design point; bit accuracy 0.68 and word accuracy 0 on 4 pictures,
+35 minutes on two cores beside other work, and hours for all 24 (leave `images` out):
 
-    python -m lfp_jax.main --config=configs/stylegan2.py:paper
+    python -m lfp_jax.main --config=configs/stylegan2.py:paper --config.images=4
 """
 
 import ml_collections
