@@ -26,12 +26,12 @@ def write_file(path: str | os.PathLike, text: str) -> None:
 
     Args:
       path: the file.
-      text: its content, without the newline at the end.
+      text: its content.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(path) as part:
-        Path(part).write_text(f"{text}\n", encoding="utf-8")
+        Path(part).write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -41,7 +41,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
       path: the file.
       value: anything JSON can say, with arrays and scalars of numpy or jax in it.
     """
-    write_file(path, json.dumps(_plain(value), indent=2))
+    write_file(path, json.dumps(_plain(value), indent=2) + "\n")
 
 
 def read_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -87,8 +87,7 @@ class MetricLog:
         if not self._path.exists():
             return
         kept = [json.dumps(line) for line in read_lines(self._path) if line["step"] <= step]
-        with files.replacing(self._path) as part:
-            Path(part).write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        write_file(self._path, "".join(f"{line}\n" for line in kept))
 
 
 class Progress:

@@ -99,9 +99,8 @@ def convert(source, target, *, hparams=None, ema=True):
 
 def describe(generator):
     """Say in one line what a generator is: its shapes, and the parameters of its networks."""
-    networks = ("mapping", "synthesis", "encoder", "decoder", "unet")
-    held = {name: getattr(generator, name, None) for name in networks}
-    counts = {n: parameter_overview.count_parameters(p) for n, p in held.items() if p is not None}
+    networks = {name: field for name, field in vars(generator).items() if isinstance(field, dict)}
+    counts = {n: parameter_overview.count_parameters(params) for n, params in networks.items()}
     parts = ", ".join(f"{name} {int(count):,}" for name, count in counts.items())
     latent, image = ("x".join(map(str, s)) for s in (generator.latent_shape, generator.image_shape))
     return f"{generator.name}: images {image} of latents {latent}, parameters: {parts}"

@@ -168,7 +168,7 @@ def train(
     generator = _as_stored(averaged(state, hyper_now.arch))
     _write_grid(fold[_GRID], generator, workdir, done * batch)
     training = {"images": done * batch}
-    if output.measurable(generator.image_shape, fd_images):
+    if fd_images and output.measurable(generator.image_shape):
         training["fd"] = _frechet(fold[_QUALITY], generator, fd_images, draws=_DRAWS)
         if start < steps:
             log.write(done, images=done * batch, fd=round(training["fd"]["value"], 4))

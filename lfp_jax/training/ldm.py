@@ -110,7 +110,7 @@ def train(
     state, seen = run(stage, folder=folder, schedule=schedule)
     generator = _freeze_unet(state, first)
     facts["diffusion"] = {"images": seen}
-    if output.measurable(generator.image_shape, fd_images):
+    if fd_images and output.measurable(generator.image_shape):
         draw = partial(_sample, fold[_QUALITY], generator, steps=sample_steps)
         found = output.frechet(fold[_QUALITY], draw, fd_images, draws=_DRAWS)
         facts["diffusion"]["fd"] = {**found, "steps": sample_steps}
@@ -337,7 +337,7 @@ def _encode_all(first, pixels, held_out, workdir, key, fd_images):
     tree, metadata = store.load(path) if store.is_store(path) else (None, {})
     if metadata.get("made_by") != made_by:
         found = {}
-        if output.measurable(first.image_shape, fd_images):
+        if fd_images and output.measurable(first.image_shape):
             interval = {"draws": _DRAWS}
             fd = _reconstruction_distance(key, first, held_out(), fd_images, **interval)
             found = {"fd": {**fd, "of": "reconstructions of held-out pictures"}}

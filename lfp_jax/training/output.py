@@ -28,7 +28,7 @@ def check_distance(size, *, fd_every, fd_images):
     Raises:
         UserError: too few images, or `fd_every` for a size that the features do not take.
     """
-    if fd_every and not measurable(size, fd_every):
+    if fd_every and not measurable(size):
         raise UserError(
             f"fd_every needs images of {features.SIZE}x{features.SIZE}x3, which the "
             f"{features.NAME} takes; got {'x'.join(map(str, size))}. Set fd_every=0."
@@ -53,7 +53,7 @@ def load_pixels(data, split, *, resolution):
 def write_parameters(folder, networks):
     """Write parameters.txt: each parameter of some networks, {name: params}, with its size."""
     overview = parameter_overview.get_parameter_overview(networks, include_stats=False)
-    write_file(os.path.join(folder, "parameters.txt"), overview)
+    write_file(os.path.join(folder, "parameters.txt"), f"{overview}\n")
 
 
 def write_grid(workdir, made, *, images):
@@ -102,9 +102,9 @@ def hash_leaves(generator):
     return digest.hexdigest()
 
 
-def measurable(size, wanted):
-    """Tell whether a distance is wanted, and its features take images [H, W, C] = `size`."""
-    return bool(wanted) and tuple(size) == (features.SIZE, features.SIZE, 3)
+def measurable(size):
+    """Tell whether the features of a distance take images [H, W, C] = `size`."""
+    return tuple(size) == (features.SIZE, features.SIZE, 3)
 
 
 def write_curve(folder, training, **options):
