@@ -41,11 +41,13 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.strength = 1.0
     config.code = "antipodal"  # or "binary", the paper's
 
+    config.attack = "none"  # between the model and the estimator: one of a suite, "paper:blur"
     config.estimator = "lm"  # or "adam", the paper's
     config.loss = "laplacian"  # of adam: "mse", "laplacian" or "classifier"
     config.lm = ml_collections.ConfigDict(
         {
             "bank": 8_192,
+            "attack": "unknown",  # what it reckons with; or "none"
             "free": placeholder(int),
             "ranks": (64, 128, 384),
             "jacobians": 4,

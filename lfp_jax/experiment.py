@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lfp_jax import basis, fingerprint, generators, images, keys, logs
-from lfp_jax.attribution import inversion, least_squares
+from lfp_jax import attacks, basis, fingerprint, generators, images, keys, logs
+from lfp_jax.attribution import bank, inversion, least_squares
 from lfp_jax.errors import UserError, choose
 from lfp_jax.generators import stylegan2
 from lfp_jax.metrics import accuracy, distances, features, perceptual
@@ -20,7 +20,7 @@ _COLUMNS = 8
 _DRAWS = 100  # bootstrap draws of a distance
 
 # Everything random in a run comes from one of these folds of the seed.
-_BASIS, _IMAGES, _KEYS, _BANK, _ESTIMATE, _QUALITY, _QUALITY_KEYS, _BOOTSTRAP = range(8)
+_BASIS, _IMAGES, _KEYS, _BANK, _ESTIMATE, _QUALITY, _QUALITY_KEYS, _BOOTSTRAP, _ATTACK = range(9)
 
 
 def run(config, workdir):
@@ -39,7 +39,7 @@ def run(config, workdir):
     workdir = Path(workdir)
     _check(config)
     key = jax.random.key(config.seed)
-    fold = [jax.random.fold_in(key, i) for i in range(8)]
+    fold = [jax.random.fold_in(key, i) for i in range(9)]
 
     # --- generator and basis -----------------------------------------------------------------
     generator = _load_generator(config.generator)
@@ -61,10 +61,16 @@ def run(config, workdir):
     issued = {"keys": [keys.to_hex(user) for user in users], "user_of_image": owner}
     logs.write_json(workdir / "keys.json", issued)
 
+    # --- attack --------------------------------------------------------------------------------
+    attack = attacks.find(config.attack)
+    seen = attacks.apply(fold[_ATTACK], made, attack)
+    if attack.steps:
+        images.write_pngs(workdir / "attacked", images.to_uint8(seen))
+
     # --- estimate ------------------------------------------------------------------------------
     estimator, setup_seconds = _estimator(config, fold[_BANK], generator)
     start = time.monotonic()
-    solution = estimator(fold[_ESTIMATE], generator, space, made, **mark)
+    solution = estimator(fold[_ESTIMATE], generator, space, seen, **mark)
     solution = inversion.host(solution)
     seconds = time.monotonic() - start
 
@@ -90,7 +96,7 @@ def run(config, workdir):
     # --- show ----------------------------------------------------------------------------------
     logs.write_json(workdir / "metrics.json", metrics)
     rebuilt = _decode(generator, jnp.asarray(solution.latents))
-    sheet = _sheet(plain, made, rebuilt)
+    sheet = _sheet(plain, made, *([seen] if attack.steps else []), rebuilt)
     images.write_png(workdir / "grid.png", images.enlarge(sheet, max(1, 96 // made.shape[1])))
     print(table(metrics))
     print(f"Results: {workdir}/metrics.json, pictures: {workdir}/grid.png, {workdir}/images/")
@@ -117,6 +123,7 @@ def _check(config):
         raise UserError(f"strength must be > 0; got {config.strength}.")
     choose(config.code, fingerprint.CODES, "code")
     choose(config.estimator, dict.fromkeys(("adam", "lm")), "estimator")
+    attacks.find(config.attack)
     choose(config.loss, dict.fromkeys(perceptual.NAMES), "loss")
 
 
@@ -166,9 +173,9 @@ def _estimator(config, key, generator):
         return lambda *args, **mark: inversion.adam(*args, **options, **mark), 0.0
     options = config.lm.to_dict()
     start = time.monotonic()
-    bank = least_squares.make_bank(key, generator, size=options.pop("bank"))
+    samples = bank.make_bank(key, generator, size=options.pop("bank"))
     seconds = time.monotonic() - start
-    return lambda *args, **mark: least_squares.lm(*args, bank=bank, **options, **mark), seconds
+    return lambda *args, **mark: least_squares.lm(*args, bank=samples, **options, **mark), seconds
 
 
 def _loss(name):
@@ -241,12 +248,11 @@ def _mean(values, **more):
     } | more
 
 
-def _sheet(plain, made, rebuilt):
-    """Rows: plain, fingerprinted, difference times ten, reconstruction from the estimate."""
-    n = min(_COLUMNS, len(made))
+def _sheet(plain, made, *others):
+    """Rows: plain, fingerprinted, difference times ten, attacked if it was, reconstruction."""
     difference = np.clip((made - plain) * 10.0, -1.0, 1.0)
-    rows = np.concatenate([plain[:n], made[:n], difference[:n], np.asarray(rebuilt)[:n]])
-    return images.grid(rows, columns=n)
+    rows = [np.asarray(row)[:_COLUMNS] for row in (plain, made, difference, *others)]
+    return images.grid(np.concatenate(rows), columns=len(rows[0]))
 
 
 def _versions():

@@ -67,6 +67,16 @@ def test_a_second_run_gives_the_same_numbers(run, metrics):
         assert again[name] == metrics[name], name
 
 
+def test_an_attack_comes_between_the_model_and_the_estimator(run, metrics, tmp_path):
+    argv = ["main", CONFIG, f"--workdir={tmp_path}", "--config.attack=paper:noise"]
+    assert main.main([*argv, "--config.fd_images=0"]) == 0
+    attacked = json.loads((tmp_path / "metrics.json").read_text())
+    assert attacked["residual"]["value"] > metrics["residual"]["value"]
+    before, after = (images.read(tmp_path / f / "00000.png") for f in ("images", "attacked"))
+    assert 8 < np.std(before.astype(float) - after) < 15  # 0.1 of 127.5 levels
+    assert images.read(tmp_path / "grid.png").shape[0] > images.read(run / "grid.png").shape[0]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -77,6 +87,8 @@ def test_a_second_run_gives_the_same_numbers(run, metrics):
         ("code=binari", "Did you mean 'binary'"),
         ("estimator=adma", "Did you mean 'adam'"),
         ("generator=stylegan2-dmo", "Did you mean 'stylegan2-demo'"),
+        ("attack=paper:blurr", "Did you mean 'blur'"),
+        ("attack=papr:blur", "Did you mean 'paper'"),
         ("loss=lapacian", "Did you mean 'laplacian'"),
     ],
 )

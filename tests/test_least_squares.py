@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lfp_jax import basis, fingerprint, images
-from lfp_jax.attribution import least_squares
+from lfp_jax import attacks, basis, fingerprint, images
+from lfp_jax.attribution import bank as banks
+from lfp_jax.attribution import channel, coordinates, least_squares
 from lfp_jax.errors import UserError
 from lfp_jax.generators import stylegan2
 
@@ -35,9 +36,9 @@ def cases(model):
     shift = jax.random.normal(jax.random.key(4), latents.shape)
     near = latents + 0.2 * jnp.std(latents, axis=0)[None] * shift
     rows = jnp.concatenate([far, near])
-    metric = jnp.mean(jax.vmap(partial(least_squares._local_metric, generator))(far[:4]), axis=0)
-    small = least_squares.thumbnails(generator.decode(rows))
-    bank = least_squares.Bank(rows, small, least_squares._regress(small, np.asarray(rows)), metric)
+    metric = jnp.mean(jax.vmap(partial(banks.local_metric, generator))(far[:4]), axis=0)
+    small = banks.thumbnails(generator.decode(rows))
+    bank = banks.Bank(rows, small, banks.regress(small, np.asarray(rows)), metric)
     keys = np.asarray(jax.random.bernoulli(jax.random.key(2), 0.5, (4, BITS)), np.uint8)
     made = {}
     for code in ("antipodal", "binary"):
@@ -48,7 +49,7 @@ def cases(model):
 
 def whiten(model, cases, *, free=None):
     metric = cases["antipodal"][2].metric
-    return least_squares.whiten(model[1], metric, strength=1.0, code="antipodal", free=free)
+    return coordinates.whiten(model[1], metric, strength=1.0, code="antipodal", free=free)
 
 
 def estimate(model, case, rows, *, code="antipodal", seed=0, **options):
@@ -63,9 +64,30 @@ def test_keys_come_back_from_8_bit_images(model, cases, code):
     found = estimate(model, cases[code], slice(None), code=code)
     np.testing.assert_array_equal(found.bits, cases[code][0])
     assert found.soft_bits.min() >= 0.0 and found.soft_bits.max() <= 1.0
-    assert float(found.residual.max()) < 8.0 / 255.0
+    assert float(found.residual.max()) < 12.0 / 255.0
     again = fingerprint.read(model[1], found.latents, strength=1.0, code=code)
     np.testing.assert_array_equal(again, cases[code][0])
+
+
+@pytest.mark.parametrize("name", ["blur", "brightness"])
+def test_the_strength_of_an_attack_is_estimated_with_the_latent(model, cases, name):
+    keys, made, bank = cases["antipodal"]
+    options = {"blur": {"sigma": 0.7}, "brightness": {"factor": 0.8}}[name]
+    seen = attacks.apply(jax.random.key(0), made, attacks.attack(name, **options))
+    aware = estimate(model, (keys, seen, bank), slice(None), attack="unknown")
+    naive = estimate(model, (keys, seen, bank), slice(None))
+    assert aware.residual.mean() < 0.5 * naive.residual.mean()
+    right = [np.mean(found.bits == keys) for found in (aware, naive)]
+    assert right[0] > max(0.9, right[1])
+
+
+def test_a_batch_is_spread_over_the_devices_and_changes_nothing(model, cases):
+    case = cases["antipodal"]
+    whole, wide = (estimate(model, case, slice(None), batch=batch) for batch in (4, 8))
+    np.testing.assert_allclose(whole.latents, wide.latents, atol=5e-3)
+    np.testing.assert_array_equal(whole.evaluations, wide.evaluations)
+    with pytest.raises(UserError, match="evenly over the devices; got 3 over 4"):
+        estimate(model, case, slice(None), batch=3)
 
 
 def test_few_directions_bring_the_residual_down(model, cases):
@@ -78,8 +100,9 @@ def test_few_directions_bring_the_residual_down(model, cases):
 def test_unknowns_are_ordered_by_how_much_the_image_moves(model, cases):
     generator, space = model
     frame = whiten(model, cases)
-    _, jacobian = least_squares._linearise(
-        generator, frame, jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, FREE + BITS)), rank=FREE + BITS
+    view = channel.View(jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 0)))
+    _, _, jacobian = least_squares._linearise(
+        generator, frame, view, jnp.zeros((1, FREE + BITS)), rank=FREE + BITS
     )
     moves = np.sum(np.square(jacobian[0]), axis=1)
     assert moves[:6].sum() > 0.7 * moves.sum()
@@ -87,19 +110,19 @@ def test_unknowns_are_ordered_by_how_much_the_image_moves(model, cases):
     turn = np.concatenate([frame.nuisance, frame.bits])
     np.testing.assert_allclose(turn.T @ turn, np.eye(FREE + BITS), atol=1e-5)
     latents = generator.sample(jax.random.key(8), 3)
-    theta = least_squares._begin(frame, space, latents)
+    theta = coordinates.begin(frame, space, latents)
     np.testing.assert_allclose(theta @ frame.bits.T, 0.0, atol=1e-4)
     onto = space.nuisance @ space.nuisance.T
-    placed = least_squares._place(frame, theta) - frame.mean[None]
+    placed = coordinates.place(frame, theta) - frame.mean[None]
     np.testing.assert_allclose(placed, (latents - space.mean[None]) @ onto, atol=1e-4)
 
 
-def test_a_hopeless_start_is_left_before_the_dear_jacobians(model, cases):
+def test_a_hopeless_start_is_left_for_the_next_and_only_the_best_goes_on(model, cases):
     target = jax.random.uniform(jax.random.key(0), (1, 8, 8, 3), minval=-1.0, maxval=1.0)
     case = None, target, cases["antipodal"][2]
-    found = estimate(model, case, slice(None), ranks=(28, 30), chords=1, starts=2)
+    found = estimate(model, case, slice(None), ranks=(28, 30), jacobians=1, chords=1, starts=2)
     assert found.residual[0] > 0.1
-    assert found.evaluations.tolist() == [1 + 2 * (1 + 64 + 1 + 3)]
+    assert found.evaluations.tolist() == [(2 + 2) * (1 + 64 + 1 + 3)]
 
 
 def test_directions_that_are_not_free_stay_at_zero(model, cases):
@@ -122,75 +145,12 @@ def test_images_are_on_their_own(model, cases):
     np.testing.assert_array_equal(whole.latents, again.latents)
 
 
-def test_the_chunked_jacobian_is_the_jacobian(model):
-    generator, space = model
-    decode = jax.jit(lambda w: least_squares.decode_flat(generator, w[None])[0])
-    w = generator.sample(jax.random.key(0), 1)[0]
-    tangents = jax.random.normal(jax.random.key(1), (70, len(w)))  # more than a chunk
-    image, rows = jax.jit(partial(least_squares._columns, decode))(w, tangents)
-    plain = jax.jit(jax.jacfwd(decode))(w).reshape(-1, len(w))
-    np.testing.assert_allclose(image, decode(w), atol=1e-6)
-    np.testing.assert_allclose(rows, tangents @ plain.T, atol=1e-4)
-
-
-def test_an_overshoot_of_a_clipped_pixel_does_not_pull():
-    target = jnp.array([1.0, 1.0, -1.0, -1.0, 0.5])
-    made = jnp.array([1.4, 0.7, -1.4, -0.7, 1.4])
-    difference, live = least_squares._difference(made, target)
-    np.testing.assert_allclose(difference, [0.0, -0.3, 0.0, 0.3, 0.9], atol=1e-6)
-    np.testing.assert_array_equal(live, [False, True, False, True, True])
-
-
-def test_soft_bits_have_the_nuisance_marginalised():
-    q, rank = FREE + BITS, 20
-    rng = np.random.default_rng(0)
-    turn = np.linalg.qr(rng.standard_normal((q, q)))[0]
-    rows = jnp.asarray(turn[FREE:], jnp.float32)
-    theta = jnp.asarray(rows.T @ np.where(rng.random(BITS) < 0.5, -1.0, 1.0))
-    jacobian = 0.02 * jax.random.normal(jax.random.key(0), (rank, 64))
-    (factor,) = least_squares._factors(jacobian[None])
-    soft = {
-        variance: least_squares._soft_bits(rows, theta, least_squares._damp(factor, variance))
-        for variance in (1e-2, 1e-4)
-    }
-    assert (np.abs(soft[1e-4] - 0.5) > np.abs(soft[1e-2] - 0.5)).all()
-    # The variance is that of the inverse, and one along the directions without a Jacobian.
-    matrix = np.eye(q)
-    matrix[:rank, :rank] += np.asarray(jacobian @ jacobian.T / 1e-2)
-    variance = np.diag(turn[FREE:] @ np.linalg.inv(matrix) @ turn[FREE:].T)
-    expected = 1.0 / (1.0 + np.exp(-2.0 * np.asarray(rows @ theta) / variance))
-    np.testing.assert_allclose(soft[1e-2], expected, rtol=1e-3)
-
-
-def test_soft_bits_are_no_surer_than_their_spread():
-    rows, factor = jnp.eye(4), 1e3 * jnp.eye(4)  # a matrix that claims near certainty
-    soft = least_squares._soft_bits(rows, jnp.array([1.5, -0.5, 0.1, -1.5]), factor)
-    spread = (3 * 0.25 + 0.81) / 4
-    expected = 1.0 / (1.0 + np.exp(-2.0 * np.array([1.5, -0.5, 0.1, -1.5]) / spread))
-    np.testing.assert_allclose(soft, expected, rtol=1e-5)
-
-
-def test_the_factor_holds_what_a_cholesky_factor_in_float32_cannot():
-    scales = np.logspace(0.5, -5.5, 48)  # of the directions: 12 decades in the product
-    rng = np.random.default_rng(0)
-    turn = np.linalg.qr(rng.standard_normal((48, 48)))[0]
-    jacobian = (turn * scales @ rng.standard_normal((48, 900))).astype(np.float32)
-    unit, quantum = np.eye(48), least_squares._QUANTUM
-    exact = np.linalg.inv(jacobian.astype(np.float64) @ jacobian.T / quantum + unit)
-    plain = jnp.linalg.cholesky(jnp.asarray(jacobian @ jacobian.T / quantum + unit, jnp.float32))
-    assert np.isnan(plain).any()
-    factor = np.asarray(least_squares._factors(jnp.asarray(jacobian)[None])[0], np.float64)
-    np.testing.assert_array_equal(factor, np.tril(factor))
-    variances = np.sum(np.square(np.linalg.inv(factor)), axis=0)
-    np.testing.assert_allclose(variances, np.diag(exact), rtol=0.01)
-
-
 def test_a_step_that_gives_nan_is_not_taken(model, cases):
     generator, space = model
     broken = generator.replace(synthesis=jax.tree.map(lambda x: x * jnp.nan, generator.synthesis))
     found = estimate((broken, space), cases["antipodal"], slice(0, 2))
     _, made, bank = cases["antipodal"]
-    start = least_squares.guesses(bank, made[:2], count=1)[:, 0]
+    start = banks.guesses(bank, made[:2], count=1)[:, 0]
     offset = np.asarray(found.latents - start) @ np.asarray(space.nuisance)
     np.testing.assert_allclose(offset, 0.0, atol=1e-4)
     np.testing.assert_array_equal(found.soft_bits, 0.5)
@@ -198,11 +158,11 @@ def test_a_step_that_gives_nan_is_not_taken(model, cases):
 
 def test_evaluations_are_counted(model, cases):
     case = cases["antipodal"]
-    # 24 + 8 tangents fill one chunk of 64. The last forward gives the residual.
+    # 24 + 8 tangents fill one chunk of 64; the first forward is that of the Jacobian.
     options = {"starts": 1, "jacobians": 1, "chords": 1}
     found = estimate(model, case, slice(0, 2), ranks=(), **options)
     # After one chord step, three short ones are tried beside it.
-    assert found.evaluations.tolist() == [1 + 64 + 1 + 3 + 1] * 2
+    assert found.evaluations.tolist() == [1 + 64 + 1 + 3] * 2
     more = estimate(model, case, slice(0, 2), ranks=(4,), **options)
     assert (more.evaluations - found.evaluations).tolist() == [1 + 64 + 1 + 3] * 2
 
@@ -219,25 +179,6 @@ def test_a_failed_start_is_left_for_the_next(model, cases):
     assert more.evaluations[0] > one.evaluations[0]
 
 
-def test_a_bank_is_the_prior_and_its_nearest_sample_is_found(model):
-    generator, _ = model
-    bank = least_squares.make_bank(jax.random.key(7), generator, size=10, batch=4)
-    expected = generator.sample(jax.random.key(7), 10)
-    np.testing.assert_allclose(bank.latents, expected, atol=1e-5)
-    found = least_squares.guesses(bank, generator.decode(expected)[3:6], count=3)
-    assert found.shape == (3, 3, expected.shape[1])
-    np.testing.assert_allclose(found[:, 1], expected[3:6], atol=1e-5)
-
-
-def test_regression_is_nearer_than_the_nearest_sample(model):
-    generator, _ = model
-    bank = least_squares.make_bank(jax.random.key(7), generator, size=512)
-    latents = generator.sample(jax.random.key(8), 32)
-    found = least_squares.guesses(bank, generator.decode(latents), count=2)
-    regressed, nearest = jnp.mean(jnp.square(found - latents[:, None]), axis=(0, 2))
-    assert regressed < 0.5 * nearest
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -252,10 +193,3 @@ def test_regression_is_nearer_than_the_nearest_sample(model):
 def test_bad_options_are_user_errors(model, cases, options, message):
     with pytest.raises(UserError, match=message):
         estimate(model, cases["antipodal"], slice(0, 2), **options)
-
-
-def test_an_empty_bank_is_a_user_error(model):
-    with pytest.raises(
-        UserError, match="A bank's size must be >= its Jacobians >= 1; got 0 and 8."
-    ):
-        least_squares.make_bank(jax.random.key(0), model[0], size=0)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lfp_jax import basis
+from lfp_jax.attribution import bank as banks
 from lfp_jax.attribution import inversion, least_squares
 from lfp_jax.generators import stylegan2
 from lfp_jax.metrics import perceptual
@@ -35,9 +36,9 @@ def cases(quick_compilation):
         latents = generator.sample(keys[2], BANK)
         made = jnp.clip(decoded(generator, latents), -1.0, 1.0)
         metric = jnp.eye(ARCH.w_dim)
-        small = least_squares.thumbnails(made)
-        regression = least_squares._regress(small, np.asarray(latents))
-        bank = least_squares.Bank(latents, small, regression, metric)
+        small = banks.thumbnails(made)
+        regression = banks.regress(small, np.asarray(latents))
+        bank = banks.Bank(latents, small, regression, metric)
         return generator, space, bank, made[:IMAGES]
 
     return draw(0), draw(1)

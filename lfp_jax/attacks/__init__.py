@@ -71,6 +71,16 @@ def suite(name):
     return choose(name, SUITES, "suite")
 
 
+def find(name):
+    """Return one attack of a suite, e.g. "paper:blur"; "none" is that of the suite of this name.
+
+    Raises:
+        UserError: an unknown suite, or an attack that it does not have.
+    """
+    table, _, row = name.partition(":")
+    return choose(row or table, {each.name: each for each in suite(table)}, f"attack of '{table}'")
+
+
 def apply(key, images, attack, *, start=0):
     """Attack images as a judge would meet them: from 8 bits to 8 bits, through the real JPEG.
 

@@ -182,13 +182,20 @@ def _double(plane):
     return pairs.reshape(-1, plane.shape[1])
 
 
+def ycc(image):
+    """Luma and the two chroma planes [H, W] of an image [H, W, 3], on its scale and about zero."""
+    red, green, blue = jnp.moveaxis(image, -1, 0)
+    y = 0.299 * red + 0.587 * green + 0.114 * blue
+    cb = -0.168735892 * red - 0.331264108 * green + 0.5 * blue
+    cr = 0.5 * red - 0.418687589 * green - 0.081312411 * blue
+    return y, cb, cr
+
+
 def _to_ycc(levels):
-    red, green, blue = jnp.moveaxis(levels, -1, 0)
-    y = round_through(0.299 * red + 0.587 * green + 0.114 * blue)
-    cb = round_through(-0.168735892 * red - 0.331264108 * green + 0.5 * blue + 128.0)
-    cr = round_through(0.5 * red - 0.418687589 * green - 0.081312411 * blue + 128.0)
+    y, *chroma = ycc(levels)
     # Saturated blue or red would round to 256; libjpeg's rounding constant keeps it at 255.
-    return y, jnp.minimum(cb, 255.0), jnp.minimum(cr, 255.0)
+    chroma = [jnp.minimum(round_through(plane + 128.0), 255.0) for plane in chroma]
+    return round_through(y), *chroma
 
 
 def _to_rgb(y, cb, cr):

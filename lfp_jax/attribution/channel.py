@@ -1,0 +1,281 @@
+"""What may have happened to an image between the generator and the file.
+
+Blur, crop and enlargement, contrast and brightness, in this order and each of a strength that is
+not known: it is estimated together with the latent. Noise is what remains; where the file was a
+JPEG it is that of quantisation, coefficient by coefficient. Images are [H, W, C] in [-1, 1].
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lfp_jax.attacks import separable
+from lfp_jax.attacks.jpeg import block_dct, quantisation_tables, ycc
+from lfp_jax.attribution.gauss_newton import QUANTUM
+
+PARTS = ("contrast", "brightness", "size", "down", "right", "blur")
+_SPREAD = np.array([0.3, 0.3, 0.2, 0.05, 0.05, 0.5], np.float32)  # of strengths round their centre
+_BOUND = 1.0 - 1.0 / 255.0  # a pixel beyond this may have been clipped
+_GRID = np.array(
+    [
+        (0.0, 0.0, np.log(keep), 0.0, 0.0, np.log(sigma))
+        for keep in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+        for sigma in (0.4, 0.8, 1.2, 2.0, 3.0)
+    ],
+    np.float32,
+)  # centres tried
+_DETAIL = 0.01  # noise below this cannot be told from detail
+_LOWER_HALF = 0.3246  # mean of the lower half of |x|, x a standard Gaussian
+_WINDOW = 25  # taps of a blur
+_LEVELS = 127.5  # levels of 8 bits to a unit
+_MIDDLE = 0.5  # levels from the middle of our scale to that of a JPEG's, 128
+_AFTER = 0.5  # spread that decoding to 8 bits leaves in a coefficient, in levels
+_OUTLIERS = 0.2  # share of coefficients that clipping moved further
+_EVIDENCE = 30.0  # nats that make a JPEG
+
+
+class View(flax.struct.PyTreeNode):
+    """An image, and what is assumed of the way it took."""
+
+    pixels: jax.Array  # [H, W, C]
+    centre: jax.Array  # [e] strengths, most likely ones; e = 6, or 0 for none but noise
+    coded: jax.Array | None = None  # [p] DCT coefficients, where it was a JPEG
+    noise: jax.Array | None = None  # [p] variances of their rounding
+    halved: bool = flax.struct.field(pytree_node=False, default=True)  # has chroma of half the size
+
+
+def transmit(view, eta, image):
+    """Send an image the way of a view, at strengths eta [e] in units of their spread.
+
+    Strengths are the logarithm of the contrast, the brightness, the logarithm of the share of each
+    side that a crop keeps, the crop's offset down and right in shares of a side, and the logarithm
+    of the blur's standard deviation in pixels.
+    """
+    if not len(view.centre):
+        return image
+    contrast, brightness, size, *offset, sigma = view.centre + _SPREAD * eta
+    keep, places = jnp.exp(size), 0.5 * (1.0 - jnp.exp(size))
+    matrices = []
+    for pixels, moved in zip(image.shape[:2], offset, strict=True):
+        window = separable.crop(pixels, start=(places + moved) * pixels, length=keep * pixels)
+        blur = separable.blur(pixels, sigma=jnp.exp(sigma), window=_WINDOW)
+        matrices.append(jnp.einsum("ij,jk->ik", window, blur, precision="highest"))
+    image = separable.transform(jnp.clip(image, -1.0, 1.0), *matrices)
+    return jnp.exp(contrast) * image + brightness
+
+
+def compare(view, made):
+    """Differences [p] of an image to that of a view, and the mask [p] of those in play.
+
+    Pixel by pixel; of a JPEG, coefficient by coefficient. A difference is out of play, and zero,
+    where a pixel of the view that may have been clipped is overshot, and where a coefficient would
+    have been rounded to the zero that it is: most are, and such a zero measures nothing.
+    """
+    if view.coded is None:
+        seen = view.pixels
+        over = (seen >= _BOUND) & (made > seen) | (seen <= -_BOUND) & (made < seen)
+        return jnp.where(over, 0.0, made - seen).reshape(-1), ~over.reshape(-1)
+    off, zero = _coefficients(made, view.halved) - view.coded, view.coded == 0.0
+    reach = jnp.where(zero, jnp.sqrt(3.0 * view.noise), 0.0)  # half a step
+    off = off - jnp.clip(off, -reach, reach)
+    return off, ~zero | (off != 0.0)
+
+
+def differentiate(view, row):
+    """Bring the derivative [H, W, C] of an image to the form [p] of `compare`."""
+    return row.reshape(-1) if view.coded is None else _coefficients(row, view.halved)
+
+
+class Scale(flax.struct.PyTreeNode):
+    """What brings differences [p] to one unit of noise, and how many of them have any."""
+
+    weights: jax.Array  # [p]
+    count: jax.Array  # []
+    least: jax.Array  # [], variance of rounding alone
+
+
+def scale(view, difference, live):
+    """Make the Scale of differences [p] of `compare`: weights at most 1.
+
+    A coefficient of a JPEG has the noise of its step. What that does not explain of the difference
+    is noise too, the same in all.
+    """
+    if view.coded is None:
+        return Scale(jnp.ones_like(difference), jnp.float32(len(difference)), jnp.float32(QUANTUM))
+    count = jnp.maximum(jnp.sum(live), 1).astype(jnp.float32)
+
+    def halve(bounds, _):
+        middle = jnp.sqrt(bounds[0] * bounds[1])
+        more = jnp.sum(jnp.square(difference) / (view.noise + middle)) > count
+        return (jnp.where(more, middle, bounds[0]), jnp.where(more, bounds[1], middle)), None
+
+    (rest, _), _ = jax.lax.scan(halve, (jnp.float32(QUANTUM), jnp.float32(4.0)), length=24)
+    least = jnp.min(view.noise)
+    return Scale(jnp.sqrt((least + rest) / (view.noise + rest)), count, least)
+
+
+def mean_square(scaled, scale):
+    """Mean square [] of weighted differences [p]."""
+    return jnp.sum(jnp.square(scaled)) / scale.count
+
+
+def variance(scaled, scale):
+    """Variance [] of the noise of weighted differences [p]: theirs, but no less than rounding's."""
+    return jnp.maximum(mean_square(scaled, scale), scale.least)
+
+
+def see(image, *, centre=None):
+    """Make the view of an image [H, W, C] whose way is not known: JPEG is told by its pixels.
+
+    Args:
+        image: in [-1, 1], of 8 bits.
+        centre: likely strengths [6].
+    """
+    quality = jpeg_quality(image)
+    if quality is None:
+        return View(image, centre)
+    return View(image, centre, *_decipher(image, quality))
+
+
+def noise_level(view):
+    """Tell the root mean square of the noise of a view; 0 where it cannot be told.
+
+    That of the finest diagonal details' lower half, which no edge is in; a JPEG has lost those.
+    """
+    if view.coded is not None:
+        return 0.0
+    height, width = (n // 2 * 2 for n in view.pixels.shape[:2])
+    blocks = np.asarray(view.pixels)[:height, :width].reshape(height // 2, 2, width // 2, 2, -1)
+    falling, rising = (
+        blocks[:, 0, :, 0] + blocks[:, 1, :, 1],
+        blocks[:, 1, :, 0] + blocks[:, 0, :, 1],
+    )
+    details = np.sort(0.5 * np.abs(falling - rising), axis=None)
+    level = float(details[: len(details) // 2].mean()) / _LOWER_HALF
+    return level if level > _DETAIL else 0.0
+
+
+@jax.jit
+def likely(image, made):
+    """Tell how images may have become another one.
+
+    Args:
+        image: [H, W, C].
+        made: guesses of what it was, [g, H, W, C].
+
+    Returns:
+        centres [g, e], of a row of crops and blurs the ones that bring each nearest, and the order
+        [g] of the guesses, nearest first.
+    """
+    grid = jnp.asarray(_GRID)
+
+    def one(guess):
+        def distance(centre):
+            view = View(image, centre)
+            return jnp.mean(jnp.square(transmit(view, jnp.zeros(len(PARTS)), guess) - image))
+
+        distances = jax.lax.map(distance, grid)
+        return grid[jnp.argmin(distances)], jnp.min(distances)
+
+    centres, distances = jax.lax.map(one, made)
+    return centres, jnp.argsort(distances)
+
+
+def jpeg_quality(image):
+    """Tell from the pixels of an image [H, W, C] at what quality it was a JPEG; None if it was not.
+
+    For tables of libjpeg, with blocks still in their places and pixels as they were decoded.
+    """
+    coefficients = block_dct(_whole_blocks(_planes(image)[0]))
+    evidence = np.asarray(_qualities_evidence(coefficients))
+    best = int(evidence.argmax())
+    return best + 1 if evidence[best] > _EVIDENCE else None
+
+
+@jax.jit
+def _qualities_evidence(coefficients):
+    """`_evidence` [100] that the luma of an image was quantised at quality 1 .. 100."""
+
+    def one(quality):
+        return _evidence(coefficients, quantisation_tables(quality)[0])
+
+    return jax.lax.map(one, jnp.arange(1, 101))
+
+
+def _evidence(coefficients, steps):
+    """Log-likelihood ratio that coefficients [a, b, 8, 8] were quantised in steps [8, 8].
+
+    Against coefficients anywhere in their step; those that round to zero say nothing, since the
+    coefficients of a smooth image are near zero in any case.
+    """
+    steps = steps[None, None].astype(jnp.float32)
+    nearest = jnp.round(coefficients / steps)
+    off = (coefficients - steps * nearest) / _AFTER
+    density = jnp.exp(-0.5 * jnp.square(off)) / (_AFTER * (2.0 * np.pi) ** 0.5)
+    ratio = jnp.log((1.0 - _OUTLIERS) * density * steps + _OUTLIERS)
+    return jnp.sum(jnp.where(nearest == 0.0, 0.0, ratio))
+
+
+def _decipher(image, quality):
+    """Recover what a JPEG of a quality held: coefficients, their noise, and if chroma is halved."""
+    tables = [np.asarray(table, np.float32) for table in quantisation_tables(quality)]
+    luma, *chroma = _planes(image)
+    halves = [_unsmooth(_halve(plane)) for plane in chroma]
+    whole, half = ([block_dct(_whole_blocks(p)) for p in planes] for planes in (chroma, halves))
+    evidence = [sum(float(_evidence(b, tables[1])) for b in blocks) for blocks in (whole, half)]
+    halved = not evidence[0] > evidence[1]
+    parts = [(block_dct(_whole_blocks(luma)), tables[0])]
+    parts += [(blocks, tables[1]) for blocks in (half if halved else whole)]
+    coded, noise = [], []
+    for blocks, table in parts:
+        steps = np.broadcast_to(table[None, None], blocks.shape)
+        nearest = steps * np.round(blocks / steps)
+        # Blocks beyond the edge of the image are not whole, and not to be recovered.
+        coded.append(np.where(np.abs(blocks - nearest) < 3.0 * _AFTER, nearest, blocks))
+        noise.append(np.square(steps / _LEVELS) / 12.0)
+    coded[0][..., 0, 0] += 8.0 * _MIDDLE  # of a block's mean, that of level 128 on the scale here
+    return _flat(coded) / _LEVELS, _flat(noise), halved
+
+
+def _planes(image):
+    """Luma and chroma planes of an image, about zero, in levels as a JPEG counts them."""
+    levels = jnp.asarray(image) * _LEVELS
+    if image.shape[-1] == 1:
+        return [levels[..., 0] - _MIDDLE]
+    luma, *chroma = ycc(levels)
+    return [luma - _MIDDLE, *chroma]
+
+
+def _coefficients(image, halved):
+    """DCT coefficients [p] of luma and chroma of an image, as those of a JPEG."""
+    if image.shape[-1] == 1:
+        return block_dct(_whole_blocks(image[..., 0])).reshape(-1)
+    luma, *chroma = ycc(image)
+    chroma = [_halve(plane) for plane in chroma] if halved else chroma
+    return jnp.concatenate([block_dct(_whole_blocks(p)).reshape(-1) for p in (luma, *chroma)])
+
+
+def _halve(plane):
+    height, width = plane.shape
+    plane = jnp.pad(plane, ((0, height % 2), (0, width % 2)), mode="edge")
+    return plane.reshape((height + 1) // 2, 2, (width + 1) // 2, 2).mean((1, 3))
+
+
+def _unsmooth(plane):
+    """Undo what the decoder's upsampling and `_halve` make of a plane of halved chroma."""
+    for _ in range(2):
+        n = len(plane)
+        smooth = 0.75 * np.eye(n) + 0.125 * (np.eye(n, k=1) + np.eye(n, k=-1))
+        smooth[[0, -1], [0, -1]] += 0.125
+        plane = np.linalg.solve(smooth, plane).T
+    return jnp.asarray(plane, jnp.float32)
+
+
+def _flat(blocks):
+    return np.concatenate([np.asarray(each, np.float32).reshape(-1) for each in blocks])
+
+
+def _whole_blocks(plane):
+    height, width = plane.shape
+    return jnp.pad(plane, ((0, -height % 8), (0, -width % 8)), mode="edge")
