@@ -37,8 +37,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
     config.basis_samples = 50_000
     config.bits = 64
-    config.shift = placeholder(int)  # unset: the directions of least variance
-    config.strength = 1.0
+    config.basis = "sensitivity"  # or "pca", the paper's principal directions
+    config.shift = 64  # the first direction that carries
+    config.strength = 4.0  # a bit is +- half of it, here in standard deviations of the prior
     config.code = "antipodal"  # or "binary", the paper's
 
     config.attack = "none"  # between the model and the estimator: one of a suite, "paper:blur"
@@ -62,7 +63,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
     if switches.paper:
         config.estimator, config.code = "adam", "binary"
-        config.shift = 448
+        config.basis, config.shift, config.strength = "pca", 448, 1.0
     if switches.tiny:
         _shrink(config)
     return config
@@ -71,7 +72,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 def _shrink(config: ml_collections.ConfigDict) -> None:
     config.generator = "stylegan2-tiny"
     config.users, config.images = 2, 4
-    config.basis_samples, config.bits, config.strength = 1024, 8, 0.5
+    config.basis_samples, config.bits, config.shift = 1024, 8, 8
     config.lm.bank, config.lm.ranks, config.lm.jacobians, config.lm.starts = 256, (8,), 2, 1
     config.adam.starts, config.adam.steps = 2, 20
     config.fd_images = 64

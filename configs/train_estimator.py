@@ -33,8 +33,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.seed = 0
     config.basis_samples = 50_000  # with the seed: as in the experiments it is for
     config.bits = 64
-    config.shift = placeholder(int)
-    config.strength = 1.0
+    config.directions = "sensitivity"  # the experiments' `basis`
+    config.shift = 64
+    config.strength = 4.0
     config.code = "antipodal"
     config.nuisance = placeholder(int)  # unset: all directions
 

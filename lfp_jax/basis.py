@@ -1,7 +1,9 @@
-"""Principal directions of a generator's latents, and their split into carrier and nuisance.
+"""Directions in which a generator's latents spread, and their split into carrier and nuisance.
 
-Fitted once on the host in float64, so that the weak directions, which carry the bits, are right;
-stored in float32. A latent of any shape is a flat vector of d values here.
+Principal directions, by falling variance (the paper's), or those of the same spread turned to the
+axes of the generator's mean metric, by falling sensitivity of the image. Fitted once on the host in
+float64, so that weak directions are right; stored in float32. A latent of any shape is a flat
+vector of d values here.
 """
 
 import operator
@@ -12,19 +14,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lfp_jax.errors import UserError
+from lfp_jax import sensitivity
+from lfp_jax.errors import UserError, choose
+
+DIRECTIONS = {"pca": False, "sensitivity": True}  # those turned to the metric
 
 _CHUNK = 4096  # latents brought to float64 at once
 _BATCH = 64  # latents sampled at once
+_LEAST_SPREAD = 1e-6  # of a direction, as a share of the widest's: it has a dual all the same
 
 
 @flax.struct.dataclass
 class Basis:
-    """Mean, principal directions and spread of latents, by falling variance."""
+    """Mean, directions and spread of latents, uncorrelated: w = mean + components alpha."""
 
     mean: jax.Array  # [d]
-    components: jax.Array  # [d, m], orthonormal columns, largest entry of each positive
-    stddev: jax.Array  # [m], falling
+    components: jax.Array  # [d, m], largest entry of each column positive
+    stddev: jax.Array  # [m], of alpha
+    duals: jax.Array  # [d, m], alpha = duals^T (w - mean); of orthonormal components themselves
 
 
 @flax.struct.dataclass
@@ -33,13 +40,15 @@ class Space:
 
     mean: jax.Array  # [d]
     carrier: jax.Array  # [d, k]
-    nuisance: jax.Array  # [d, m - k], by falling variance
+    nuisance: jax.Array  # [d, m - k], in the order of the basis
     nuisance_stddev: jax.Array  # [m - k]
     carrier_stddev: jax.Array  # [k]
+    carrier_dual: jax.Array  # [d, k]
+    nuisance_dual: jax.Array  # [d, m - k]
 
 
 def fit(latents: np.ndarray) -> Basis:
-    """Find the principal directions of latents.
+    """Find the principal directions of latents: orthonormal, by falling variance.
 
     The sign of a direction is free; here its entry of largest magnitude is positive. (Stored bases
     are what keys refer to: two machines may fit close directions in another order.)
@@ -62,11 +71,40 @@ def fit(latents: np.ndarray) -> Basis:
     if not np.isfinite(mean).all():
         raise UserError(f"{int((~np.isfinite(rows)).sum())} values of the latents are not finite.")
     variance, components = _principal(rows, mean)
-    components = components * _signs(components)
+    components = jnp.asarray(components * _signs(components), jnp.float32)
     return Basis(
         mean=jnp.asarray(mean, jnp.float32),
-        components=jnp.asarray(components, jnp.float32),
+        components=components,
         stddev=jnp.asarray(np.sqrt(np.maximum(variance, 0.0)), jnp.float32),
+        duals=components,
+    )
+
+
+def turn(basis: Basis, metric: np.ndarray) -> Basis:
+    """Turn a basis to the axes of a metric, by falling sensitivity of the image.
+
+    In units of their spread the old coordinates are uncorrelated and alike, and stay so under any
+    rotation: of all those bases this one makes steps along different directions change the image,
+    on average, in ways orthogonal to each other. Its directions are not orthogonal themselves, and
+    a step of one is one standard deviation of the prior.
+
+    Args:
+        basis: of `fit`.
+        metric: [d, d] of `sensitivity.mean_metric`.
+
+    Returns:
+        A basis of as many directions, all of spread 1.
+    """
+    components, spread = np.asarray(basis.components, np.float64), np.asarray(basis.stddev)
+    spread = np.maximum(spread.astype(np.float64), _LEAST_SPREAD * spread.max())
+    steps = components * spread
+    axes = np.linalg.eigh(steps.T @ np.asarray(metric, np.float64) @ steps)[1][:, ::-1]
+    signs = _signs(steps @ axes)
+    return Basis(
+        mean=basis.mean,
+        components=jnp.asarray(steps @ axes * signs, jnp.float32),
+        stddev=jnp.ones(len(spread), jnp.float32),
+        duals=jnp.asarray((np.asarray(basis.duals, np.float64) / spread) @ axes * signs, jnp.float32),
     )
 
 
@@ -79,6 +117,29 @@ def fit_generator(key: jax.Array, generator: Any, *, samples: int) -> Basis:
         samples: how many latents.
     """
     return fit(sample(key, generator, samples))
+
+
+def measure_generator(
+    key: jax.Array, generator: Any, *, samples: int, directions: str
+) -> tuple[Basis, np.ndarray]:
+    """Find directions of a generator's latents, and the metric of its images.
+
+    Args:
+        key: draws the samples.
+        generator: a frozen generator.
+        samples: how many latents.
+        directions: "pca" (of `fit`), or "sensitivity" (of `turn`).
+
+    Returns:
+        The basis, and the metric, float32 [d, d], of `sensitivity.mean_metric`.
+
+    Raises:
+        UserError: other directions.
+    """
+    turned = choose(directions, DIRECTIONS, "basis")
+    fitted = fit_generator(key, generator, samples=samples)
+    metric = sensitivity.mean_metric(jax.random.fold_in(key, 1), generator).astype(np.float32)
+    return turn(fitted, metric) if turned else fitted, metric
 
 
 def sample(key: jax.Array, generator: Any, n: int, *, start: int = 0) -> np.ndarray:
@@ -108,8 +169,7 @@ def split(basis: Basis, *, bits: int = 64, shift: int | None = None) -> Space:
     Args:
         basis: m directions of latents.
         bits: k, how many directions carry.
-        shift: the first carrying direction; default m - bits, so that the directions of least
-            variance carry.
+        shift: the first carrying direction; default m - bits, the last ones.
 
     Raises:
         UserError: the carrier would reach outside the basis, or holds nothing.
@@ -131,6 +191,8 @@ def split(basis: Basis, *, bits: int = 64, shift: int | None = None) -> Space:
         nuisance=basis.components[:, ~carries],
         nuisance_stddev=basis.stddev[~carries],
         carrier_stddev=basis.stddev[carries],
+        carrier_dual=basis.duals[:, carries],
+        nuisance_dual=basis.duals[:, ~carries],
     )
 
 

@@ -44,7 +44,7 @@ def run(config, workdir):
     # --- generator and basis -----------------------------------------------------------------
     generator = _load_generator(config.generator)
     print(generators.describe(generator), flush=True)
-    directions = _basis(fold[_BASIS], generator, config.basis_samples, workdir, config.seed)
+    directions, metric = _basis(fold[_BASIS], generator, config, workdir)
     space = basis.split(directions, bits=config.bits, shift=config.shift)
 
     # --- users, keys, images through 8 bits ----------------------------------------------------
@@ -68,7 +68,7 @@ def run(config, workdir):
         images.write_pngs(workdir / "attacked", images.to_uint8(seen))
 
     # --- estimate ------------------------------------------------------------------------------
-    estimator, setup_seconds = _estimator(config, fold[_BANK], generator)
+    estimator, setup_seconds = _estimator(config, fold[_BANK], generator, metric)
     start = time.monotonic()
     solution = estimator(fold[_ESTIMATE], generator, space, seen, **mark)
     solution = inversion.host(solution)
@@ -121,6 +121,7 @@ def _check(config):
         raise UserError(f"users and images must be >= 1; got {config.users}, {config.images}.")
     if not config.strength > 0:
         raise UserError(f"strength must be > 0; got {config.strength}.")
+    choose(config.basis, basis.DIRECTIONS, "basis")
     choose(config.code, fingerprint.CODES, "code")
     choose(config.estimator, dict.fromkeys(("adam", "lm")), "estimator")
     attacks.find(config.attack)
@@ -137,19 +138,20 @@ def _load_generator(source):
     return stylegan2.random_generator(jax.random.key(0), arch, name=source)
 
 
-def _basis(key, generator, samples, workdir, seed):
-    """Fit the basis, or take the one in the workdir if the same generator and samples made it."""
+def _basis(key, generator, config, workdir):
+    """Fit the basis and the mean metric, or take those in the workdir if the same made them."""
     path = str(workdir / "basis")
     wanted = {"kind": "basis", "generator": generator.name, "sha256": generator.sha256}
-    wanted |= {"samples": samples, "seed": seed}
+    wanted |= {"directions": config.basis, "samples": config.basis_samples, "seed": config.seed}
     if store.is_store(path):
         tree, metadata = store.load(path)
         if metadata == wanted:
-            return basis.Basis(**tree)
-    fitted = basis.fit_generator(key, generator, samples=samples)
-    tree = {"mean": fitted.mean, "components": fitted.components, "stddev": fitted.stddev}
-    store.save(path, tree, wanted)
-    return fitted
+            return basis.Basis(**tree["basis"]), tree["metric"]
+    fitted, metric = basis.measure_generator(
+        key, generator, samples=config.basis_samples, directions=config.basis
+    )
+    store.save(path, {"basis": dict(fitted.__dict__), "metric": metric}, wanted)
+    return fitted, metric
 
 
 @jax.jit
@@ -166,14 +168,14 @@ def _decode(generator, latents):
     return np.concatenate(parts)[: len(latents)]
 
 
-def _estimator(config, key, generator):
+def _estimator(config, key, generator, metric):
     """Bind the configured estimator to its options; also the seconds its set-up took."""
     if config.estimator == "adam":
         options = config.adam.to_dict() | {"loss": _loss(config.loss)}
         return lambda *args, **mark: inversion.adam(*args, **options, **mark), 0.0
     options = config.lm.to_dict()
     start = time.monotonic()
-    samples = bank.make_bank(key, generator, size=options.pop("bank"))
+    samples = bank.make_bank(key, generator, size=options.pop("bank"), metric=metric)
     seconds = time.monotonic() - start
     return lambda *args, **mark: least_squares.lm(*args, bank=samples, **options, **mark), seconds
 

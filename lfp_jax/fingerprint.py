@@ -2,7 +2,8 @@
 
 Latents are [n, *latent_shape] and stand for flat vectors w of d values; with mean m, carrier V
 [d, k] and nuisance U of a `basis.Space`, an image's latent is w = m + U alpha + strength V c(bits)
-(arXiv 2304.09752). All in float32 at HIGHEST precision; no d x d matrix is ever built.
+(arXiv 2304.09752). Duals V* and U* read the parts of a latent; of orthonormal directions they are V
+and U. All in float32 at HIGHEST precision; no d x d matrix is ever built.
 """
 
 import functools
@@ -43,7 +44,7 @@ def code(bits: jax.Array, *, form: str) -> jax.Array:
 def inject(
     space: Space, latents: jax.Array, bits: jax.Array, *, strength: float, code: str = "antipodal"
 ) -> jax.Array:
-    """Replace the carrier part of latents by a key: w - V V^T (w - m) + strength V c.
+    """Replace the carrier part of latents by a key: w - V V*^T (w - m) + strength V c.
 
     Args:
         space: carrier, nuisance and mean.
@@ -71,7 +72,7 @@ def inject(
 
 @jax.jit
 def carrier_part(space: Space, latents: jax.Array) -> jax.Array:
-    """Measure latents along the carrying directions: V^T (w - m), [n, k].
+    """Measure latents along the carrying directions: V*^T (w - m), [n, k].
 
     Args:
         space: carrier, nuisance and mean.
@@ -84,7 +85,7 @@ def carrier_part(space: Space, latents: jax.Array) -> jax.Array:
 
 
 def whitened_nuisance(space: Space, latents: jax.Array, *, count: int | None = None) -> jax.Array:
-    """Measure latents along the nuisance directions: U^T (w - m) / s, N(0, 1) under the prior.
+    """Measure latents along the nuisance directions: U*^T (w - m) / s, N(0, 1) under the prior.
 
     Args:
         space: carrier, nuisance and mean.
@@ -98,7 +99,7 @@ def whitened_nuisance(space: Space, latents: jax.Array, *, count: int | None = N
         ValueError: latents of another size than the space's.
     """
     offset = _flat(space, latents) - space.mean[None]
-    alpha = _einsum("nd,dm->nm", offset, space.nuisance[:, :count])
+    alpha = _einsum("nd,dm->nm", offset, space.nuisance_dual[:, :count])
     return alpha / jnp.maximum(space.nuisance_stddev[None, :count], _LEAST_STDDEV)
 
 
@@ -147,7 +148,7 @@ _codeword = code  # below, `code` is an argument's name
 
 
 def _carrier_part_one(space, w):
-    return _einsum("dk,d->k", space.carrier, w - space.mean)
+    return _einsum("dk,d->k", space.carrier_dual, w - space.mean)
 
 
 def _inject_one(space, w, steps):

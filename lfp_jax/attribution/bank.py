@@ -12,8 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from lfp_jax.attribution.gauss_newton import columns, gram
-from lfp_jax.attribution.inversion import decode_flat
 from lfp_jax.errors import UserError
 from lfp_jax.logs import Progress
 
@@ -27,7 +25,7 @@ class Bank(flax.struct.PyTreeNode):
     latents: jax.Array  # [N, d]
     thumbnails: jax.Array  # [N, t * t * C], small pictures of them
     regression: jax.Array  # [N, d], weights of kernel ridge regression, latents by thumbnails
-    metric: jax.Array  # [d, d], mean of J^T J over the prior, J = d image / d latent
+    metric: jax.Array  # [d, d] of `sensitivity.mean_metric`
 
 
 def thumbnails(images):
@@ -39,8 +37,8 @@ def thumbnails(images):
     return jnp.clip(blocks, -1.0, 1.0).mean((2, 4)).reshape(n, -1)
 
 
-def make_bank(key, generator, *, size, jacobians=8, batch=256):
-    """Decode samples of the prior, learn latents by their thumbnails, measure the mean metric.
+def make_bank(key, generator, *, size, metric, batch=256):
+    """Decode samples of the prior, and learn latents by their thumbnails.
 
     Made once a generator; shared by all design points, images and users.
 
@@ -48,29 +46,26 @@ def make_bank(key, generator, *, size, jacobians=8, batch=256):
         key: draws the samples.
         generator: a frozen generator.
         size: samples.
-        jacobians: of how many samples the metric is the mean; d evaluations each.
+        metric: [d, d] of `sensitivity.mean_metric`.
         batch: samples decoded at once.
 
     Raises:
-        UserError: a size or a number of Jacobians below 1, or fewer samples than Jacobians.
+        UserError: a size below 2.
     """
-    if not size >= jacobians >= 1:
-        raise UserError(f"A bank's size must be >= its Jacobians >= 1; got {size} and {jacobians}.")
+    if size < 2:
+        raise UserError(f"A bank's size must be >= 2; got {size}.")
 
     @jax.jit
     def draw(generator, key, start):
         w = generator.sample(key, batch, start=start)
         return w.reshape(batch, -1), thumbnails(generator.decode(w))
 
-    parts, metric = [], 0.0
+    parts = []
     with Progress(size, label="bank") as progress:
         for start in range(0, size, batch):
             parts.append(jax.device_get(draw(generator, key, start)))
             progress.update(min(start + batch, size))
-        latents, small = (np.concatenate(part)[:size] for part in zip(*parts, strict=True))
-        for w in latents[:jacobians]:
-            metric += local_metric(generator, w) / jacobians
-            progress.update(size)
+    latents, small = (np.concatenate(part)[:size] for part in zip(*parts, strict=True))
     return Bank(latents, small, regress(small, latents), metric)
 
 
@@ -94,14 +89,6 @@ def _squares(left, right):
     product = jnp.einsum("nt,mt->nm", left, right, precision="highest")
     norms = [jnp.sum(jnp.square(rows), axis=1) for rows in (left, right)]
     return norms[0][:, None] + norms[1][None] - 2.0 * product
-
-
-@jax.jit
-def local_metric(generator, w):
-    """J^T J of the image by the latent [d]."""
-    tangents = jnp.eye(len(w), dtype=w.dtype)
-    _, rows = columns(lambda w: decode_flat(generator, w[None])[0], w, tangents)
-    return gram(rows.reshape(len(w), -1))
 
 
 @partial(jax.jit, static_argnames=("count",))

@@ -27,6 +27,7 @@ from lfp_jax.weights import store
 
 _GAIN = 4.0  # the difference of images is small beside the images
 _GROUPS = 8
+_SPEED = 10.0  # of the learnt variances: Adam would take thousands of steps to make them small
 _PROBES = 4  # fixed latents whose coordinates tell one basis from another
 _SAME_BASIS = 0.05  # relative difference of those; one swapped or flipped direction exceeds it
 
@@ -59,7 +60,7 @@ class Design:
 class Estimator(flax.struct.PyTreeNode):
     """A network and what it was trained for: its leaves are parameters, so it goes into jit."""
 
-    params: dict  # {"network": linen parameters, "log_variance": [rounds, nuisance]}
+    params: dict  # {"network": linen parameters, "log_variance": [rounds, nuisance] / _SPEED}
     probe: jax.Array  # [4, m], coordinates of fixed latents in the basis it was trained for
     arch: Architecture = flax.struct.field(pytree_node=False)
     design: Design = flax.struct.field(pytree_node=False)
@@ -188,7 +189,7 @@ def guesses(estimator, generator, space, images):
         theta, logits = network.apply(
             {"params": estimator.params["network"]}, images, references, number
         )
-        log_variance = estimator.params["log_variance"][number]
+        log_variance = _SPEED * estimator.params["log_variance"][number]
         guess = Guess(guess.theta + theta, guess.logits + logits, log_variance)
         found.append(guess)
     return found

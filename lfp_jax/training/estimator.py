@@ -32,10 +32,11 @@ def train(
     workdir,
     generator,
     total_pairs,
+    directions="sensitivity",
     basis_samples=50_000,
     bits=64,
-    shift=None,
-    strength=1.0,
+    shift=64,
+    strength=4.0,
     code="antipodal",
     nuisance=None,
     attacks="paper",
@@ -64,7 +65,8 @@ def train(
             end, the averaged network as the store `estimator` in float16, and curve.png.
         generator: a frozen generator, or what `generators.load` takes.
         total_pairs: stop after so many pairs; the learning rate falls to zero over them.
-        basis_samples, seed: of the basis; an experiment with the same two has the same one.
+        directions, basis_samples, seed: of the basis; an experiment with the same three has the
+            same one.
         bits, shift, strength, code: the design point.
         nuisance: leading nuisance directions to estimate; None for all.
         attacks: a name in `training.CHAINS`.
@@ -91,8 +93,10 @@ def train(
     _check(mesh, total_pairs, batch, strength, log_every, save_every, evaluate_pairs)
     fold = partial(jax.random.fold_in, jax.random.key(seed))
     source = generators.load(generator) if isinstance(generator, str) else generator
-    directions = basis.fit_generator(fold(_BASIS), source, samples=basis_samples)
-    space = basis.split(directions, bits=bits, shift=shift)
+    fitted, _ = basis.measure_generator(
+        fold(_BASIS), source, samples=basis_samples, directions=directions
+    )
+    space = basis.split(fitted, bits=bits, shift=shift)
     arch = estimators.Architecture(**network or {})
     estimator = estimators.initial(
         fold(_INIT), source, space, arch=arch, strength=strength, code=code, nuisance=nuisance
