@@ -50,7 +50,7 @@ class Rival:
     def __init__(self, config, workdir):
         """Read generator, basis and images of a finished experiment."""
         self.generator = experiment._load_generator(config.generator)
-        fitted = basis.Basis(**store.load(str(workdir / "basis"))[0])
+        fitted = basis.Basis(**store.load(str(workdir / "basis"))[0]["basis"])
         space = basis.split(fitted, bits=config.bits, shift=config.shift)
         names = ("mean", "carrier", "nuisance", "nuisance_stddev")
         self.space = {name: torch.tensor(np.asarray(getattr(space, name))) for name in names}

@@ -31,7 +31,7 @@ class Basis:
     mean: jax.Array  # [d]
     components: jax.Array  # [d, m], largest entry of each column positive
     stddev: jax.Array  # [m], of alpha
-    duals: jax.Array  # [d, m], alpha = duals^T (w - mean); of orthonormal components themselves
+    duals: jax.Array | None = None  # [d, m], alpha = duals^T (w - mean); orthonormal: components
 
 
 @flax.struct.dataclass
@@ -43,8 +43,8 @@ class Space:
     nuisance: jax.Array  # [d, m - k], in the order of the basis
     nuisance_stddev: jax.Array  # [m - k]
     carrier_stddev: jax.Array  # [k]
-    carrier_dual: jax.Array  # [d, k]
-    nuisance_dual: jax.Array  # [d, m - k]
+    carrier_dual: jax.Array | None = None  # [d, k]; of orthonormal directions themselves
+    nuisance_dual: jax.Array | None = None  # [d, m - k]
 
 
 def fit(latents: np.ndarray) -> Basis:
@@ -71,12 +71,11 @@ def fit(latents: np.ndarray) -> Basis:
     if not np.isfinite(mean).all():
         raise UserError(f"{int((~np.isfinite(rows)).sum())} values of the latents are not finite.")
     variance, components = _principal(rows, mean)
-    components = jnp.asarray(components * _signs(components), jnp.float32)
+    components = components * _signs(components)
     return Basis(
         mean=jnp.asarray(mean, jnp.float32),
-        components=components,
+        components=jnp.asarray(components, jnp.float32),
         stddev=jnp.asarray(np.sqrt(np.maximum(variance, 0.0)), jnp.float32),
-        duals=components,
     )
 
 
@@ -89,7 +88,7 @@ def turn(basis: Basis, metric: np.ndarray) -> Basis:
     a step of one is one standard deviation of the prior.
 
     Args:
-        basis: of `fit`.
+        basis: of `fit`, orthonormal.
         metric: [d, d] of `sensitivity.mean_metric`.
 
     Returns:
@@ -104,7 +103,9 @@ def turn(basis: Basis, metric: np.ndarray) -> Basis:
         mean=basis.mean,
         components=jnp.asarray(steps @ axes * signs, jnp.float32),
         stddev=jnp.ones(len(spread), jnp.float32),
-        duals=jnp.asarray((np.asarray(basis.duals, np.float64) / spread) @ axes * signs, jnp.float32),
+        duals=jnp.asarray(
+            (np.asarray(basis.duals, np.float64) / spread) @ axes * signs, jnp.float32
+        ),
     )
 
 
@@ -185,14 +186,17 @@ def split(basis: Basis, *, bits: int = 64, shift: int | None = None) -> Space:
         raise UserError(f"shift + bits must be <= latent dim; got {shift} + {bits} > {m}.")
     carries = np.zeros(m, bool)
     carries[shift : shift + bits] = True
+    duals = (None, None)
+    if basis.duals is not None:
+        duals = (basis.duals[:, carries], basis.duals[:, ~carries])
     return Space(
         mean=basis.mean,
         carrier=basis.components[:, carries],
         nuisance=basis.components[:, ~carries],
         nuisance_stddev=basis.stddev[~carries],
         carrier_stddev=basis.stddev[carries],
-        carrier_dual=basis.duals[:, carries],
-        nuisance_dual=basis.duals[:, ~carries],
+        carrier_dual=duals[0],
+        nuisance_dual=duals[1],
     )
 
 

@@ -150,7 +150,8 @@ def _basis(key, generator, config, workdir):
     fitted, metric = basis.measure_generator(
         key, generator, samples=config.basis_samples, directions=config.basis
     )
-    store.save(path, {"basis": dict(fitted.__dict__), "metric": metric}, wanted)
+    arrays = {name: each for name, each in vars(fitted).items() if each is not None}
+    store.save(path, {"basis": arrays, "metric": metric}, wanted)
     return fitted, metric
 
 

@@ -99,7 +99,8 @@ def whitened_nuisance(space: Space, latents: jax.Array, *, count: int | None = N
         ValueError: latents of another size than the space's.
     """
     offset = _flat(space, latents) - space.mean[None]
-    alpha = _einsum("nd,dm->nm", offset, space.nuisance_dual[:, :count])
+    duals = space.nuisance if space.nuisance_dual is None else space.nuisance_dual
+    alpha = _einsum("nd,dm->nm", offset, duals[:, :count])
     return alpha / jnp.maximum(space.nuisance_stddev[None, :count], _LEAST_STDDEV)
 
 
@@ -148,7 +149,8 @@ _codeword = code  # below, `code` is an argument's name
 
 
 def _carrier_part_one(space, w):
-    return _einsum("dk,d->k", space.carrier_dual, w - space.mean)
+    duals = space.carrier if space.carrier_dual is None else space.carrier_dual
+    return _einsum("dk,d->k", duals, w - space.mean)
 
 
 def _inject_one(space, w, steps):

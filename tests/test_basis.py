@@ -120,3 +120,24 @@ def test_bad_latents():
     x[3, 2], x[4, 2] = np.inf, -np.inf
     with pytest.raises(UserError, match="2 values of the latents are not finite"):
         basis.fit(x)
+
+
+def test_turned_directions_are_white_and_move_the_image_apart():
+    fitted = basis.fit(_latents(400, 24))
+    rows = np.random.default_rng(3).normal(size=(60, 24))
+    metric = rows.T @ rows
+    turned = basis.turn(fitted, metric)
+    v, duals = (np.asarray(each, np.float64) for each in (turned.components, turned.duals))
+    np.testing.assert_allclose(duals.T @ v, np.eye(24), atol=1e-4)
+    changes = v.T @ metric @ v
+    np.testing.assert_allclose(changes - np.diag(np.diag(changes)), 0.0, atol=1e-3 * changes.max())
+    assert np.all(np.diff(np.diag(changes)) < 0.0)
+    # The same prior: coordinates of the samples are uncorrelated and of spread 1.
+    alpha = (_latents(400, 24) - np.asarray(turned.mean)) @ duals
+    np.testing.assert_allclose(np.cov(alpha.T), np.eye(24), atol=1e-3)
+    assert np.all(np.take_along_axis(v, np.abs(v).argmax(0)[None], 0) > 0.0)
+
+
+def test_unknown_directions_are_named():
+    with pytest.raises(UserError, match="Did you mean 'sensitivity'"):
+        basis.measure_generator(None, None, samples=2, directions="sensitivty")

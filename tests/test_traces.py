@@ -37,8 +37,7 @@ def cases(quick_compilation):
         made = jnp.clip(decoded(generator, latents), -1.0, 1.0)
         metric = jnp.eye(ARCH.w_dim)
         small = banks.thumbnails(made)
-        regression = banks.regress(small, np.asarray(latents))
-        bank = banks.Bank(latents, small, regression, metric)
+        bank = banks.Bank(latents, small, metric)
         return generator, space, bank, made[:IMAGES]
 
     return draw(0), draw(1)

@@ -23,8 +23,13 @@ def blur(size, *, sigma, window):
     the axis. sigma is in pixels; at 0 the matrix is the identity.
     """
     offsets = np.arange(window) - window // 2
-    taps = jnp.exp(-0.5 * jnp.square(offsets / jnp.maximum(sigma, 1e-3)))
+    return convolve(size, jnp.exp(-0.5 * jnp.square(offsets / jnp.maximum(sigma, 1e-3))))
+
+
+def convolve(size, taps):
+    """Weigh neighbours by taps [window], an odd number of them, normalised; edges as of `blur`."""
     taps = taps / jnp.sum(taps)
+    offsets = np.arange(len(taps)) - len(taps) // 2
     period = max(2 * size - 2, 1)
     places = np.abs((np.arange(size)[:, None] + offsets[None]) % period)
     places = np.minimum(places, period - places) if size > 1 else np.zeros_like(places)

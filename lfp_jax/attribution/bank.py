@@ -10,35 +10,35 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 
+from lfp_jax.attacks import separable
 from lfp_jax.errors import UserError
 from lfp_jax.logs import Progress
 
 _THUMBNAIL = 16
-_RIDGE = 0.1  # of the regression, as a share of the kernel's greatest value
+_NEAR = 512  # samples in a regression
+_RIDGE = 0.1  # of it, as a share of the kernel's greatest value
 
 
 class Bank(flax.struct.PyTreeNode):
     """Samples of the prior of one generator; made once, shared by all images and users."""
 
     latents: jax.Array  # [N, d]
-    thumbnails: jax.Array  # [N, t * t * C], small pictures of them
-    regression: jax.Array  # [N, d], weights of kernel ridge regression, latents by thumbnails
+    thumbnails: jax.Array  # [N, t, t, C], small pictures of them
     metric: jax.Array  # [d, d] of `sensitivity.mean_metric`
 
 
 def thumbnails(images):
-    """Average images [n, H, W, C] over blocks down to about 16 x 16; flat rows [n, t * t * C]."""
+    """Average images [n, H, W, C] over blocks down to about 16 x 16: [n, t, t, C]."""
     n, height, width, channels = images.shape
     high, wide = max(height // _THUMBNAIL, 1), max(width // _THUMBNAIL, 1)
     cut = images[:, : height // high * high, : width // wide * wide]
     blocks = cut.reshape(n, height // high, high, width // wide, wide, channels)
-    return jnp.clip(blocks, -1.0, 1.0).mean((2, 4)).reshape(n, -1)
+    return jnp.clip(blocks, -1.0, 1.0).mean((2, 4))
 
 
 def make_bank(key, generator, *, size, metric, batch=256):
-    """Decode samples of the prior, and learn latents by their thumbnails.
+    """Decode samples of the prior.
 
     Made once a generator; shared by all design points, images and users.
 
@@ -66,40 +66,43 @@ def make_bank(key, generator, *, size, metric, batch=256):
             parts.append(jax.device_get(draw(generator, key, start)))
             progress.update(min(start + batch, size))
     latents, small = (np.concatenate(part)[:size] for part in zip(*parts, strict=True))
-    return Bank(latents, small, regress(small, latents), metric)
+    return Bank(latents, small, metric)
 
 
-def regress(small, latents):
-    """Fit kernel ridge regression on the host: weights [N, d]."""
-    kernel = np.array(_kernel(_squares(small, small), small))
-    kernel[np.diag_indices(len(kernel))] += _RIDGE
-    factor = scipy.linalg.cho_factor(kernel, overwrite_a=True, check_finite=False)
-    return scipy.linalg.cho_solve(factor, latents - latents.mean(0))
+@partial(jax.jit, static_argnames=("count",))
+def guesses(bank, image, *, count, keep=1.0):
+    """Guess latents [count, d] of an image: by regression, then the nearest samples of the bank.
+
+    Regression (kernel ridge, of latents by thumbnails, on the samples nearest by) is nearer on the
+    whole, a sample is never far off the prior.
+
+    Args:
+        bank: a Bank.
+        image: [H, W, C].
+        count: guesses.
+        keep: share of each side that a crop from the middle has kept of it.
+    """
+    latents, small = bank.latents, _crop(bank.thumbnails, keep)
+    target, rows = thumbnails(image[None]).reshape(1, -1), small.reshape(len(small), -1)
+    width = 2.0 * jnp.sum(jnp.var(rows, axis=0))
+    squares, near = jax.lax.top_k(-_squares(target, rows)[0], min(_NEAR, len(rows)))
+    kernel = jnp.exp(-_squares(rows[near], rows[near]) / width) + _RIDGE * jnp.eye(len(near))
+    weights = jax.scipy.linalg.solve(kernel, jnp.exp(squares / width), assume_a="pos")
+    mean = jnp.mean(latents[near], axis=0)
+    offset = jnp.einsum("b,bd->d", weights, latents[near] - mean[None], precision="highest")
+    return jnp.concatenate([(mean + offset)[None], latents[near[: count - 1]]])
 
 
-@jax.jit
-def _kernel(squares, small):
-    """Gaussian kernel of squared distances, as wide as the mean one of the bank's thumbnails."""
-    return jnp.exp(-jnp.maximum(squares, 0.0) / (2.0 * jnp.var(small, axis=0).sum()))
+def _crop(small, keep):
+    rows, columns = (
+        separable.crop(size, start=0.5 * (1.0 - keep) * size, length=keep * size)
+        for size in small.shape[1:3]
+    )
+    return jax.vmap(separable.transform, in_axes=(0, None, None))(small, rows, columns)
 
 
-@jax.jit
 def _squares(left, right):
     """Squared distances [n, m] of rows."""
     product = jnp.einsum("nt,mt->nm", left, right, precision="highest")
     norms = [jnp.sum(jnp.square(rows), axis=1) for rows in (left, right)]
-    return norms[0][:, None] + norms[1][None] - 2.0 * product
-
-
-@partial(jax.jit, static_argnames=("count",))
-def guesses(bank, images, *, count):
-    """Guess latents [n, count, d] of images: by regression, then the nearest samples of the bank.
-
-    Regression is nearer on the whole, a sample is never far off the prior.
-    """
-    squares = _squares(thumbnails(images), bank.thumbnails)
-    kernel = _kernel(squares, bank.thumbnails)
-    regressed = jnp.einsum("nb,bd->nd", kernel, bank.regression, precision="highest")
-    first = jnp.mean(bank.latents, axis=0)[None] + regressed
-    near = jax.lax.top_k(-squares, count - 1)[1]
-    return jnp.concatenate([first[:, None], bank.latents[near]], axis=1)
+    return jnp.maximum(norms[0][:, None] + norms[1][None] - 2.0 * product, 0.0)

@@ -1,8 +1,10 @@
 """What may have happened to an image between the generator and the file.
 
 Blur, crop and enlargement, contrast and brightness, in this order and each of a strength that is
-not known: it is estimated together with the latent. Noise is what remains; where the file was a
-JPEG it is that of quantisation, coefficient by coefficient. Images are [H, W, C] in [-1, 1].
+not known: it is estimated together with the latent. A crop is reckoned with only where it seems
+to be one: a window that is not needed blurs at the least shift, to both sides alike. Noise is what
+remains; where the file was a JPEG it is that of quantisation, coefficient by coefficient. Images
+are [H, W, C] in [-1, 1].
 """
 
 import flax.struct
@@ -14,20 +16,17 @@ from lfp_jax.attacks import separable
 from lfp_jax.attacks.jpeg import block_dct, quantisation_tables, ycc
 from lfp_jax.attribution.gauss_newton import QUANTUM
 
-PARTS = ("contrast", "brightness", "size", "down", "right", "blur")
-_SPREAD = np.array([0.3, 0.3, 0.2, 0.05, 0.05, 0.5], np.float32)  # of strengths round their centre
+# The logarithm of the contrast, the brightness, the blur; and of a view with a crop the logarithm
+# of the share of each side that it keeps, and its offset down and right in shares of a side.
+_SPREAD = np.array([0.3, 0.3, 0.3, 0.2, 0.05, 0.05], np.float32)  # of strengths round their centre
+_UNCROPPED = 3  # strengths of a view without a crop
+KEPT = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # shares of each side that a crop may have kept: tried
+_BLURS = (0.0, 0.4, 0.7, 1.1, 1.4, 1.8)  # tried; those from 0.4 on are sigma 0.7, 1, 1.5, 2, 3
+_MUST_GAIN = 1.3  # factor in squared residual to believe in a crop, and another one in a blur
+_TAPS = 12  # of a blur, to each side
 _BOUND = 1.0 - 1.0 / 255.0  # a pixel beyond this may have been clipped
-_GRID = np.array(
-    [
-        (0.0, 0.0, np.log(keep), 0.0, 0.0, np.log(sigma))
-        for keep in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
-        for sigma in (0.4, 0.8, 1.2, 2.0, 3.0)
-    ],
-    np.float32,
-)  # centres tried
 _DETAIL = 0.01  # noise below this cannot be told from detail
 _LOWER_HALF = 0.3246  # mean of the lower half of |x|, x a standard Gaussian
-_WINDOW = 25  # taps of a blur
 _LEVELS = 127.5  # levels of 8 bits to a unit
 _MIDDLE = 0.5  # levels from the middle of our scale to that of a JPEG's, 128
 _AFTER = 0.5  # spread that decoding to 8 bits leaves in a coefficient, in levels
@@ -39,30 +38,38 @@ class View(flax.struct.PyTreeNode):
     """An image, and what is assumed of the way it took."""
 
     pixels: jax.Array  # [H, W, C]
-    centre: jax.Array  # [e] strengths, most likely ones; e = 6, or 0 for none but noise
+    centre: jax.Array  # [e] strengths, most likely ones: e = 6, 3 without a crop, 0 for noise only
     coded: jax.Array | None = None  # [p] DCT coefficients, where it was a JPEG
     noise: jax.Array | None = None  # [p] variances of their rounding
     halved: bool = flax.struct.field(pytree_node=False, default=True)  # has chroma of half the size
 
 
 def transmit(view, eta, image):
-    """Send an image the way of a view, at strengths eta [e] in units of their spread.
-
-    Strengths are the logarithm of the contrast, the brightness, the logarithm of the share of each
-    side that a crop keeps, the crop's offset down and right in shares of a side, and the logarithm
-    of the blur's standard deviation in pixels.
-    """
-    if not len(view.centre):
+    """Send an image the way of a view, at strengths eta [e] in units of their spread."""
+    strengths = view.centre + _SPREAD[: len(view.centre)] * eta
+    if not len(strengths):
         return image
-    contrast, brightness, size, *offset, sigma = view.centre + _SPREAD * eta
-    keep, places = jnp.exp(size), 0.5 * (1.0 - jnp.exp(size))
-    matrices = []
-    for pixels, moved in zip(image.shape[:2], offset, strict=True):
-        window = separable.crop(pixels, start=(places + moved) * pixels, length=keep * pixels)
-        blur = separable.blur(pixels, sigma=jnp.exp(sigma), window=_WINDOW)
-        matrices.append(jnp.einsum("ij,jk->ik", window, blur, precision="highest"))
+    contrast, brightness, blur, *place = strengths
+    matrices = [_blur(pixels, blur) for pixels in image.shape[:2]]
+    if place:
+        size, *offsets = place
+        for axis, offset in enumerate(offsets):
+            pixels, keep = image.shape[axis], jnp.exp(size)
+            start = (0.5 * (1.0 - keep) + offset) * pixels
+            window = separable.crop(pixels, start=start, length=keep * pixels)
+            matrices[axis] = jnp.einsum("ij,jk->ik", window, matrices[axis], precision="highest")
     image = separable.transform(jnp.clip(image, -1.0, 1.0), *matrices)
     return jnp.exp(contrast) * image + brightness
+
+
+def _blur(size, strength):
+    """Matrix of a Gaussian blur whose first tap beside the middle is tanh(strength) of that.
+
+    Then tap k is its k^2-th power: smooth where there is no blur, and sharpening below.
+    """
+    first = jnp.tanh(strength)
+    taps = [jax.lax.integer_pow(first, k * k) for k in range(_TAPS + 1)]
+    return separable.convolve(size, jnp.stack(taps[:0:-1] + taps))
 
 
 def compare(view, made):
@@ -125,14 +132,16 @@ def variance(scaled, scale):
     return jnp.maximum(mean_square(scaled, scale), scale.least)
 
 
-def see(image, *, centre=None):
+def see(image):
     """Make the view of an image [H, W, C] whose way is not known: JPEG is told by its pixels.
 
     Args:
         image: in [-1, 1], of 8 bits.
-        centre: likely strengths [6].
+
+    Returns:
+        A View without strengths (see `likely`).
     """
-    quality = jpeg_quality(image)
+    centre, quality = np.zeros(0, np.float32), jpeg_quality(image)
     if quality is None:
         return View(image, centre)
     return View(image, centre, *_decipher(image, quality))
@@ -141,10 +150,11 @@ def see(image, *, centre=None):
 def noise_level(view):
     """Tell the root mean square of the noise of a view; 0 where it cannot be told.
 
-    That of the finest diagonal details' lower half, which no edge is in; a JPEG has lost those.
+    That of the finest diagonal details' lower half, which no edge is in; a JPEG has lost those, and
+    has its least rounding instead, to which `scale` brings all.
     """
     if view.coded is not None:
-        return 0.0
+        return float(np.sqrt(np.min(view.noise)))
     height, width = (n // 2 * 2 for n in view.pixels.shape[:2])
     blocks = np.asarray(view.pixels)[:height, :width].reshape(height // 2, 2, width // 2, 2, -1)
     falling, rising = (
@@ -156,30 +166,35 @@ def noise_level(view):
     return level if level > _DETAIL else 0.0
 
 
-@jax.jit
-def likely(image, made):
-    """Tell how images may have become another one.
+def likely(image, made, keep):
+    """Tell how images may have become another one by a crop and a blur.
 
     Args:
         image: [H, W, C].
         made: guesses of what it was, [g, H, W, C].
+        keep: one of KEPT.
 
     Returns:
-        centres [g, e], of a row of crops and blurs the ones that bring each nearest, and the order
-        [g] of the guesses, nearest first.
+        Centres [g, e] with the blur that brings each nearest, and how near: [g], mean squares, more
+        where that takes a crop or a blur, which are less likely than none.
     """
-    grid = jnp.asarray(_GRID)
+    crop = [] if keep == 1.0 else [np.log(keep), 0.0, 0.0]
+    grid = jnp.asarray([[0.0, 0.0, blur, *crop] for blur in _BLURS])
+    costs = _MUST_GAIN ** (np.sign(_BLURS) + bool(crop))
+    distances = _distances(image, made, grid) * jnp.asarray(costs, jnp.float32)[None]
+    return grid[jnp.argmin(distances, axis=1)], jnp.min(distances, axis=1)
 
-    def one(guess):
-        def distance(centre):
-            view = View(image, centre)
-            return jnp.mean(jnp.square(transmit(view, jnp.zeros(len(PARTS)), guess) - image))
 
-        distances = jax.lax.map(distance, grid)
-        return grid[jnp.argmin(distances)], jnp.min(distances)
+@jax.jit
+def _distances(image, made, grid):
+    """Mean squares [g, c] between an image and guesses [g, H, W, C] sent by a grid of centres."""
 
-    centres, distances = jax.lax.map(one, made)
-    return centres, jnp.argsort(distances)
+    def one(guess, centre):
+        sent = transmit(View(image, centre), jnp.zeros(len(centre)), guess)
+        return jnp.mean(jnp.square(sent - image))
+
+    of_guess = jax.vmap(one, in_axes=(None, 0))
+    return jax.lax.map(lambda guess: of_guess(guess, grid), made)
 
 
 def jpeg_quality(image):

@@ -18,8 +18,8 @@ _einsum = partial(jnp.einsum, precision="highest")
 
 def columns(function, x, tangents):
     """Value of a function at x and its derivatives [t, *shape] along tangents [t, n], in chunks."""
-    count = len(tangents)
-    padded = jnp.pad(tangents, ((0, -count % CHUNK), (0, 0))).reshape(-1, CHUNK, len(x))
+    count, chunk = len(tangents), _chunk(len(tangents))
+    padded = jnp.pad(tangents, ((0, -count % chunk), (0, 0))).reshape(-1, chunk, len(x))
     value, push = jax.linearize(function, x)
     rows = jax.lax.map(jax.vmap(push), padded)
     return value, rows.reshape(-1, *value.shape)[:count]
@@ -27,7 +27,12 @@ def columns(function, x, tangents):
 
 def evaluations(count):
     """Count the evaluations of a function that `columns` makes for `count` tangents."""
-    return 1 + count + -count % CHUNK
+    return 1 + count + -count % _chunk(count)
+
+
+def _chunk(count):
+    """Give the size of chunks of about the same size, CHUNK at most."""
+    return -(-count // -(-count // CHUNK))
 
 
 def gram(rows):

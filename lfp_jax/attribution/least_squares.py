@@ -37,11 +37,10 @@ _STALLED = 0.99  # a step that leaves more of the residual than this has stalled
 _SHORT = (0.5, 0.25, 0.1)  # step lengths tried where full steps fail
 _SLOW = 0.98  # a chord step that leaves more of the residual than this is the last one
 _DOUBT = 0.05  # wrong bits expected below which an image is settled
-_EXPLAINED = (
-    1.12  # a residual below this, in units of the noise, which is told to a tenth, is noise
-)
+_EXPLAINED = 1.15  # times the noise, which is told to a tenth: a residual below that is noise
 _LOST = 8.0  # a residual above so many times that of the directions left out: no way from there
-_ATTACKS = {"none": 0, "unknown": len(channel.PARTS)}  # strengths to estimate
+_ATTACKS = dict.fromkeys(("none", "unknown"))
+_EACH = 2  # guesses for each share that a crop may have kept
 _AT_ONCE = 8  # images in one program, on each device but a CPU
 _AHEAD = 4  # images under way, in units of those in one program
 
@@ -256,20 +255,22 @@ def lm(
     if starts > len(bank.latents):
         raise UserError(f"starts must be <= the bank's {len(bank.latents)} samples; got {starts}.")
     frame = coordinates.whiten(space, bank.metric, strength=strength, code=code, free=free)
-    strengths = choose(attack, _ATTACKS, "attack")
-    unknowns = strengths + frame.directions.shape[1]
-    plan = [min(rank, unknowns) for rank in ranks] + [unknowns] * jacobians
+    choose(attack, _ATTACKS, "attack")
+    plan = [*ranks, *[np.inf] * jacobians]
     generator, frame = sharding.replicate(mesh, (generator, frame))
+    likely = _unattacked if attack == "none" else _likely
 
     def begin(i):
-        return _Search(*_starts(generator, frame, space, bank, i, images[i], starts, strengths))
+        view, noise, spent, guessed = likely(generator, bank, images[i], starts)
+        descents = [_begin(frame, space, i, view, noise, *guess) for guess in guessed]
+        return _Search(descents, spent)
 
     step = partial(_advance, mesh, generator, frame, plan=plan, batch=batch, chords=chords)
     news = partial(_news, frame, plan, len(ranks), images[0].size)
     with Progress(len(images), label="lm") if progress else Silent() as line:
         searches = _run(len(images), begin, step, news, line, batch=batch)
     best = [search.best for search in searches]
-    theta = jnp.asarray(np.stack([descent.theta[strengths:] for descent in best]))
+    theta = jnp.asarray(np.stack([d.theta[len(d.view.centre) :] for d in best]))
     return Solution(
         np.stack([descent.soft for descent in best]),
         coordinates.place(frame, theta),
@@ -278,18 +279,32 @@ def lm(
     )
 
 
-def _starts(generator, frame, space, bank, index, image, count, strengths):
-    """Give descents of one image [H, W, C], most promising first, and what that cost."""
-    guessed = guesses(bank, image[None], count=count)[0]
-    theta = np.pad(coordinates.begin(frame, space, guessed), ((0, 0), (strengths, 0)))
-    if not strengths:
-        view = channel.View(image, np.zeros(0, np.float32))
-        return [_Descent(index, view, 0.0, start) for start in theta], 0
-    seen = channel.see(image)
-    centres, order = channel.likely(image, _decode(generator, guessed))
-    views = [seen.replace(centre=centre) for centre in np.asarray(centres)]
-    noise = channel.noise_level(seen)
-    return [_Descent(index, views[i], noise, theta[i]) for i in np.asarray(order)], count
+def _unattacked(generator, bank, image, count):
+    """Give the view of an image [H, W, C] that nothing happened to, and (latents, centre) to try.
+
+    Also its noise, and what that cost.
+    """
+    none = np.zeros(0, np.float32)
+    guessed = guesses(bank, image, count=count)
+    return channel.View(image, none), 0.0, 0, [(latents, none) for latents in guessed]
+
+
+def _likely(generator, bank, image, count):
+    """Do the same for one that crop, blur, a JPEG may have happened to: most likely ones first."""
+    found, view = [], channel.see(image)
+    for keep in channel.KEPT:
+        guessed = guesses(bank, image, count=_EACH, keep=keep)
+        centres, distances = channel.likely(image, _decode(generator, guessed), keep)
+        found += zip(distances.tolist(), guessed, np.asarray(centres), strict=True)
+    found.sort(key=lambda each: each[0])
+    noise, spent = channel.noise_level(view), len(found)
+    return view, noise, spent, [each[1:] for each in found[:count]]
+
+
+def _begin(frame, space, index, view, noise, latents, centre):
+    theta = coordinates.begin(frame, space, latents[None])[0]
+    theta = np.pad(theta, (len(centre), 0))
+    return _Descent(index, view.replace(centre=centre), noise, theta)
 
 
 def _run(count, begin, step, news, line, *, batch):
@@ -301,7 +316,7 @@ def _run(count, begin, step, news, line, *, batch):
             active.append(next(searches[-1].starts))
         groups = {}
         for descent in active:
-            form = descent.stage, jax.tree.structure(descent.view)
+            form = descent.stage, len(descent.theta), jax.tree.structure(descent.view)
             groups.setdefault(form, []).append(descent)
         full = [form for form, group in groups.items() if len(group) >= batch]
         form = max(full or groups, key=lambda form: (form[0], len(groups[form])))
@@ -322,7 +337,7 @@ def _advance(mesh, generator, frame, descents, *, plan, batch, chords):
     rows = [*descents, *descents[-1:] * (batch - len(descents))]  # one shape, one compilation
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *[(d.view, d.theta) for d in rows])
     views, theta = sharding.shard(mesh, stacked) if mesh.size > 1 else stacked
-    rank = plan[descents[0].stage]
+    rank = min(plan[descents[0].stage], len(descents[0].theta))
     *found, costs = _outer_step(generator, frame, views, theta, rank=rank, chords=chords)
     for descent, theta, *bits, rms in zip(descents, *jax.device_get(found), strict=False):
         descent.theta, descent.soft = theta, decoding.soft_bits(descent.image, *bits)
@@ -340,7 +355,7 @@ def _news(frame, plan, coarse, size, descent):
         "settled": doubt < _DOUBT
         or rms <= _FLOOR
         or (descent.stage >= coarse and rms <= _EXPLAINED * descent.noise),
-        "ended": descent.stage == len(plan) or (rank == plan[-1] and stalled),
+        "ended": descent.stage == len(plan) or (rank >= len(descent.theta) and stalled),
         "lost": not descent.forced
         and descent.stage < coarse
         and excess > _LOST * _left_out(frame, rank, size) > 0.0,
