@@ -98,14 +98,12 @@ def turn(basis: Basis, metric: np.ndarray) -> Basis:
     spread = np.maximum(spread.astype(np.float64), _LEAST_SPREAD * spread.max())
     steps = components * spread
     axes = np.linalg.eigh(steps.T @ np.asarray(metric, np.float64) @ steps)[1][:, ::-1]
-    signs = _signs(steps @ axes)
+    axes = axes * _signs(steps @ axes)
     return Basis(
         mean=basis.mean,
-        components=jnp.asarray(steps @ axes * signs, jnp.float32),
+        components=jnp.asarray(steps @ axes, jnp.float32),
         stddev=jnp.ones(len(spread), jnp.float32),
-        duals=jnp.asarray(
-            (np.asarray(basis.duals, np.float64) / spread) @ axes * signs, jnp.float32
-        ),
+        duals=jnp.asarray((components / spread) @ axes, jnp.float32),
     )
 
 
