@@ -43,15 +43,16 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.code = "antipodal"  # or "binary", the paper's
 
     config.attack = "none"  # between the model and the estimator: one of a suite, "paper:blur"
-    config.estimator = "lm"  # or "adam", the paper's
+    config.estimator = "hybrid"  # or "lm", "learned", and "adam", the paper's
+    config.network = placeholder(str)  # of learned and hybrid; unset: what ships
     config.loss = "laplacian"  # of adam: "mse", "laplacian" or "classifier"
     config.lm = ml_collections.ConfigDict(
         {
             "bank": 8_192,
             "attack": "unknown",  # what it reckons with; or "none"
             "free": placeholder(int),
-            "ranks": (64, 128, 384),
-            "jacobians": 4,
+            "ranks": (64, 128, 256),
+            "jacobians": 2,
             "chords": 12,
             "starts": 4,
         }
@@ -72,8 +73,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 def _shrink(config: ml_collections.ConfigDict) -> None:
     config.generator = "stylegan2-tiny"
     config.users, config.images = 2, 4
-    config.basis_samples, config.bits, config.shift = 1024, 8, 8
-    config.lm.bank, config.lm.ranks, config.lm.jacobians, config.lm.starts = 256, (8,), 2, 1
+    config.basis_samples, config.bits, config.shift = 1024, 8, 20
+    config.lm.bank, config.lm.ranks, config.lm.jacobians = 256, (8,), 4
     config.adam.starts, config.adam.steps = 2, 20
     config.fd_images = 64
 

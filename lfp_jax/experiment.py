@@ -1,7 +1,9 @@
 """One design point, top to bottom: generator, basis, keys, images, estimate, measure, show."""
 
+import dataclasses
 import importlib.metadata
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -10,9 +12,11 @@ import numpy as np
 
 from lfp_jax import attacks, basis, fingerprint, generators, images, keys, logs
 from lfp_jax.attribution import bank, inversion, least_squares
+from lfp_jax.attribution import estimator as learner
 from lfp_jax.errors import UserError, choose
-from lfp_jax.generators import stylegan2
+from lfp_jax.generators import stylegan2, zoo
 from lfp_jax.metrics import accuracy, distances, features, perceptual
+from lfp_jax.report import plots
 from lfp_jax.weights import store
 
 _BATCH = 64
@@ -68,7 +72,7 @@ def run(config, workdir):
         images.write_pngs(workdir / "attacked", images.to_uint8(seen))
 
     # --- estimate ------------------------------------------------------------------------------
-    estimator, setup_seconds = _estimator(config, fold[_BANK], generator, metric)
+    estimator, setup_seconds = _estimator(config, fold[_BANK], generator, space, metric)
     start = time.monotonic()
     solution = estimator(fold[_ESTIMATE], generator, space, seen, **mark)
     solution = inversion.host(solution)
@@ -87,6 +91,8 @@ def run(config, workdir):
     }
     if config.fd_images:
         metrics |= _frechet(fold, generator, space, config)
+    bins = accuracy.reliability(solution.soft_bits, truth)
+    metrics["reliability"] = [dataclasses.asdict(each) for each in bins]
     metrics |= {
         "settings": config.to_dict(),
         "versions": _versions(),
@@ -98,6 +104,7 @@ def run(config, workdir):
     rebuilt = _decode(generator, jnp.asarray(solution.latents))
     sheet = _sheet(plain, made, *([seen] if attack.steps else []), rebuilt)
     images.write_png(workdir / "grid.png", images.enlarge(sheet, max(1, 96 // made.shape[1])))
+    plots.reliability(workdir / "reliability.png", metrics["reliability"])
     print(table(metrics))
     print(f"Results: {workdir}/metrics.json, pictures: {workdir}/grid.png, {workdir}/images/")
 
@@ -123,7 +130,7 @@ def _check(config):
         raise UserError(f"strength must be > 0; got {config.strength}.")
     choose(config.basis, basis.DIRECTIONS, "basis")
     choose(config.code, fingerprint.CODES, "code")
-    choose(config.estimator, dict.fromkeys(("adam", "lm")), "estimator")
+    choose(config.estimator, dict.fromkeys(("hybrid", "lm", "learned", "adam")), "estimator")
     attacks.find(config.attack)
     choose(config.loss, dict.fromkeys(perceptual.NAMES), "loss")
 
@@ -169,16 +176,45 @@ def _decode(generator, latents):
     return np.concatenate(parts)[: len(latents)]
 
 
-def _estimator(config, key, generator, metric):
+def _estimator(config, key, generator, space, metric):
     """Bind the configured estimator to its options; also the seconds its set-up took."""
     if config.estimator == "adam":
         options = config.adam.to_dict() | {"loss": _loss(config.loss)}
-        return lambda *args, **mark: inversion.adam(*args, **options, **mark), 0.0
+        return partial(inversion.adam, **options), 0.0
+    start, network = time.monotonic(), None
+    if config.estimator in ("learned", "hybrid"):
+        network = _network(config, generator, space)
+    if config.estimator == "learned":
+        return partial(learner.learned, estimator=network), time.monotonic() - start
     options = config.lm.to_dict()
-    start = time.monotonic()
-    samples = bank.make_bank(key, generator, size=options.pop("bank"), metric=metric)
-    seconds = time.monotonic() - start
-    return lambda *args, **mark: least_squares.lm(*args, bank=samples, **options, **mark), seconds
+    options["bank"] = bank.make_bank(key, generator, size=options["bank"], metric=metric)
+    if config.estimator == "lm":
+        return partial(least_squares.lm, **options), time.monotonic() - start
+    estimator = partial(least_squares.hybrid, estimator=network, **options)
+    return estimator, time.monotonic() - start
+
+
+def _network(config, generator, space):
+    """Load the network at the path given, or that which ships with the generator.
+
+    None where none was trained for this design point, and `hybrid` can do without.
+    """
+    mark = {"strength": config.strength, "code": config.code}
+    path, given = config.network, config.network is not None
+    if not given:
+        trained = "none" if config.lm.attack == "none" else "attacks"
+        path = zoo.estimator(generator.name, trained)
+    if path is None:
+        problem = f"No trained network ships for '{generator.name}'."
+    else:
+        try:
+            return learner.load(path, generator, space, **mark)
+        except UserError as error:
+            problem = str(error)
+    if given or config.estimator == "learned":
+        raise UserError(problem)
+    print(f"hybrid: starts from the bank alone. {problem}")
+    return None
 
 
 def _loss(name):

@@ -65,3 +65,27 @@ def test_other_mistakes():
         accuracy.bit_accuracy(np.zeros((3, 4)), np.zeros((2, 4)))
     with pytest.raises(ValueError, match="got 0.0 of 0"):
         accuracy.word_accuracy(np.zeros((0, 4)), np.zeros((0, 4)))
+
+
+def test_reliability_holds_what_is_stated_against_what_is_so():
+    rng = np.random.default_rng(0)
+    chance = rng.uniform(size=(400, 64))
+    keys = (rng.uniform(size=chance.shape) < chance).astype(np.uint8)
+    bins = accuracy.reliability(chance, keys)
+    assert sum(each.bits for each in bins) == keys.size
+    for each in bins:
+        assert each.lowest <= each.stated <= each.highest
+        assert each.wrong == pytest.approx(each.stated, abs=0.02)
+        assert each.low <= each.wrong <= each.high
+    # Twice as sure as it may be.
+    bold = 1.0 / (1.0 + ((1.0 - chance) / chance) ** 2)
+    assert all(each.low > each.stated for each in accuracy.reliability(bold, keys)[:-1])
+
+
+def test_reliability_by_hand():
+    soft_bits = np.array([[0.9, 0.1, 0.5, 0.0]])
+    keys = np.array([[1, 1, 0, 0]], np.uint8)
+    first, second, last = accuracy.reliability(soft_bits, keys)
+    assert (first.lowest, first.wrong, first.bits) == (0.0, 0.0, 1)
+    assert (second.lowest, second.wrong, second.bits) == (0.05, 0.5, 2)
+    assert (last.highest, last.wrong, last.bits) == (0.5, 0.0, 1)

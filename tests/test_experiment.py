@@ -49,6 +49,13 @@ def test_all_that_attribution_needs_is_stored(run):
     assert [picture.shape for picture in pictures] == [(32, 32, 3)] * 4
 
 
+def test_stated_probabilities_are_held_against_the_truth(run, metrics):
+    bins = metrics["reliability"]
+    assert sum(each["bits"] for each in bins) == 4 * 8
+    assert all(each["low"] <= each["wrong"] <= each["high"] for each in bins)
+    assert images.read(run / "reliability.png").shape == (600, 600, 3)
+
+
 def test_grid_shows_plain_marked_difference_and_reconstruction(run):
     sheet = images.read(run / "grid.png")
     factor = 3
@@ -87,6 +94,9 @@ def test_an_attack_comes_between_the_model_and_the_estimator(run, metrics, tmp_p
         ("code=binari", "Did you mean 'binary'"),
         ("estimator=adma", "Did you mean 'adam'"),
         ("generator=stylegan2-dmo", "Did you mean 'stylegan2-demo'"),
+        ("basis=sensitivty", "Did you mean 'sensitivity'"),
+        ("estimator=learned", "No trained network ships for 'stylegan2-tiny'."),
+        ("network=nowhere", "nowhere"),
         ("attack=paper:blurr", "Did you mean 'blur'"),
         ("attack=papr:blur", "Did you mean 'paper'"),
         ("loss=lapacian", "Did you mean 'laplacian'"),

@@ -8,6 +8,7 @@ import pytest
 from lfp_jax import attacks, basis, fingerprint, images, sensitivity
 from lfp_jax.attribution import bank as banks
 from lfp_jax.attribution import channel, coordinates, least_squares
+from lfp_jax.attribution import estimator as estimators
 from lfp_jax.errors import UserError
 from lfp_jax.generators import stylegan2
 
@@ -77,6 +78,35 @@ def test_the_strength_of_an_attack_is_estimated_with_the_latent(model, cases, na
     assert aware.residual.mean() < 0.5 * naive.residual.mean()
     right = [np.mean(found.bits == keys) for found in (aware, naive)]
     assert right[0] > max(0.9, right[1])
+
+
+def test_a_solution_of_another_estimator_is_a_start(model, cases):
+    generator, space = model
+    case = cases["antipodal"]
+    keys, made, bank = case
+    options = {"ranks": (), "jacobians": 1, "chords": 1, "starts": 1}
+    alone = estimate(model, case, slice(0, 2), **options)
+    near = estimate(model, case, slice(0, 2))
+    for attack in ("none", "unknown"):
+        found = estimate(model, case, slice(0, 2), near=near, attack=attack, **options)
+        assert np.all(found.residual < 0.5 * alone.residual)
+        np.testing.assert_array_equal(found.bits, keys[:2])
+
+
+def test_hybrid_adds_the_cost_of_the_network_and_does_without_one(model, cases):
+    generator, space = model
+    _, made, bank = cases["antipodal"]
+    mark = {"strength": 1.0, "code": "antipodal"}
+    arch = estimators.Architecture(patch=2, channels=(4,), blocks=0, grid=2, head=2, width=4)
+    network = estimators.initial(jax.random.key(0), *model, arch=arch, **mark)
+    options = {"bank": bank, "ranks": (8,), "starts": 1, "jacobians": 1, "progress": False} | mark
+    args = jax.random.key(0), *model, made[:2]
+    plain = least_squares.hybrid(*args, **options)
+    np.testing.assert_array_equal(plain.latents, least_squares.lm(*args, **options).latents)
+    more = least_squares.hybrid(*args, estimator=network, **options)
+    cost = estimators.learned(*args, estimator=network, progress=False, **mark).evaluations
+    # An untrained one says the prior mean: a start more, which leads nowhere.
+    assert np.all(more.evaluations > plain.evaluations + cost)
 
 
 def test_a_batch_is_spread_over_the_devices_and_changes_nothing(model, cases):

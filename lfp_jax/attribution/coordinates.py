@@ -40,10 +40,14 @@ def whiten(space, metric, *, strength, code, free):
     return Frame(space.mean + shift, *(jnp.asarray(array, jnp.float32) for array in arrays))
 
 
-def begin(frame, space, latents):
-    """Unknowns [n, q] of latents [n, d]: their nuisance, and bits at one half."""
+def begin(frame, space, latents, *, bits=None):
+    """Unknowns [n, q] of latents [n, d]: their nuisance, and soft bits [n, k] (None: one half)."""
     alpha = fingerprint.whitened_nuisance(space, latents)
-    return jnp.einsum("nm,mq->nq", alpha, frame.nuisance, precision="highest")
+    theta = jnp.einsum("nm,mq->nq", alpha, frame.nuisance, precision="highest")
+    if bits is None:
+        return theta
+    signs = 2.0 * bits - 1.0
+    return theta + jnp.einsum("nk,kq->nq", signs, frame.bits, precision="highest")
 
 
 def place(frame, theta):

@@ -1,4 +1,4 @@
-"""Estimate the key of images by Levenberg-Marquardt: estimator `lm`.
+"""Estimate the key of images by Levenberg-Marquardt: estimators `lm` and `hybrid`.
 
 Unknowns are theta of `coordinates`, and before them the strengths of what may have happened to the
 image (`channel`), all with prior N(0, I). Residuals are pixel differences, or those of the DCT
@@ -28,6 +28,7 @@ import numpy as np
 from lfp_jax import sharding
 from lfp_jax.attribution import channel, coordinates, decoding, gauss_newton
 from lfp_jax.attribution.bank import guesses
+from lfp_jax.attribution.estimator import learned
 from lfp_jax.attribution.inversion import Silent, Solution, check, decode_flat
 from lfp_jax.errors import UserError, choose
 from lfp_jax.logs import Progress
@@ -205,10 +206,11 @@ def lm(
     strength,
     code,
     bank,
+    near=None,
     attack="none",
     free=None,
-    ranks=(64, 128, 384),
-    jacobians=4,
+    ranks=(64, 128, 256),
+    jacobians=2,
     chords=12,
     starts=4,
     batch=None,
@@ -227,6 +229,7 @@ def lm(
         images: [n, H, W, C] in [-1, 1], already through 8 bits.
         strength, code: as injected.
         bank: starts and metric (`bank.make_bank`).
+        near: a Solution of another estimator, for one start more.
         attack: "none", or "unknown": blur, crop, contrast and brightness are estimated too, and
             a JPEG is told by its pixels.
         free: most sensitive directions that can move at all, the others stay at zero; None: all.
@@ -259,11 +262,13 @@ def lm(
     plan = [*ranks, *[np.inf] * jacobians]
     generator, frame = sharding.replicate(mesh, (generator, frame))
     likely = _unattacked if attack == "none" else _likely
+    theta = np.zeros((len(images), 0, frame.directions.shape[1]), np.float32)
+    if near is not None:
+        theta = coordinates.begin(frame, space, near.latents, bits=near.soft_bits)[:, None]
+    unknowns = partial(coordinates.begin, frame, space)
 
     def begin(i):
-        view, noise, spent, guessed = likely(generator, bank, images[i], starts)
-        descents = [_begin(frame, space, i, view, noise, *guess) for guess in guessed]
-        return _Search(descents, spent)
+        return _Search(*likely(generator, frame, bank, unknowns, i, images[i], theta[i], starts))
 
     step = partial(_advance, mesh, generator, frame, plan=plan, batch=batch, chords=chords)
     news = partial(_news, frame, plan, len(ranks), images[0].size)
@@ -279,32 +284,27 @@ def lm(
     )
 
 
-def _unattacked(generator, bank, image, count):
-    """Give the view of an image [H, W, C] that nothing happened to, and (latents, centre) to try.
-
-    Also its noise, and what that cost.
-    """
-    none = np.zeros(0, np.float32)
-    guessed = guesses(bank, image, count=count)
-    return channel.View(image, none), 0.0, 0, [(latents, none) for latents in guessed]
+def _unattacked(generator, frame, bank, unknowns, index, image, near, count):
+    """Give descents of an image [H, W, C] that nothing happened to, and what that cost."""
+    guessed = unknowns(guesses(bank, image, count=count))
+    view = channel.View(image, np.zeros(0, np.float32))
+    return [_Descent(index, view, 0.0, theta) for theta in np.concatenate([near, guessed])], 0
 
 
-def _likely(generator, bank, image, count):
-    """Do the same for one that crop, blur, a JPEG may have happened to: most likely ones first."""
-    found, view = [], channel.see(image)
+def _likely(generator, frame, bank, unknowns, index, image, near, count):
+    """Do the same where crop, blur, a JPEG may have happened to it: most likely ones first."""
+    found, seen = [], channel.see(image)
     for keep in channel.KEPT:
-        guessed = guesses(bank, image, count=_EACH, keep=keep)
-        centres, distances = channel.likely(image, _decode(generator, guessed), keep)
-        found += zip(distances.tolist(), guessed, np.asarray(centres), strict=True)
-    found.sort(key=lambda each: each[0])
-    noise, spent = channel.noise_level(view), len(found)
-    return view, noise, spent, [each[1:] for each in found[:count]]
-
-
-def _begin(frame, space, index, view, noise, latents, centre):
-    theta = coordinates.begin(frame, space, latents[None])[0]
-    theta = np.pad(theta, (len(centre), 0))
-    return _Descent(index, view.replace(centre=centre), noise, theta)
+        guessed = unknowns(guesses(bank, image, count=_EACH, keep=keep))
+        guessed = np.concatenate([near, guessed])
+        made = _decode(generator, coordinates.place(frame, guessed))
+        found += zip(*channel.likely(image, made, keep), guessed, strict=True)
+    found.sort(key=lambda each: float(each[1]))
+    noise, spent = channel.noise_level(seen), len(channel.KEPT) * _EACH + len(near)
+    return [
+        _Descent(index, seen.replace(centre=centre), noise, np.pad(theta, (len(centre), 0)))
+        for centre, _, theta in jax.device_get(found[:count])
+    ], spent
 
 
 def _run(count, begin, step, news, line, *, batch):
@@ -365,3 +365,23 @@ def _news(frame, plan, coarse, size, descent):
 def _left_out(frame, rank, size):
     """Expect the residual that the directions beyond a rank leave, to first order."""
     return float(jnp.sqrt(jnp.sum(frame.sensitivity[rank:]) / size))
+
+
+def hybrid(key, generator, space, images, *, strength, code, estimator=None, **options):
+    """Estimate keys by a trained network, and from there, or what the bank guesses, by `lm`.
+
+    Args:
+        key, generator, space, images, strength, code: as of `lm`.
+        estimator: a trained `Estimator`; None: only the bank knows a start.
+        **options: of `lm`.
+
+    Returns:
+        A Solution; its evaluations are those of both.
+    """
+    mark = {"strength": strength, "code": code}
+    if estimator is None:
+        return lm(key, generator, space, images, **mark, **options)
+    progress = options.get("progress", True)
+    near = learned(key, generator, space, images, estimator=estimator, progress=progress, **mark)
+    found = lm(key, generator, space, images, near=near, **mark, **options)
+    return found.replace(evaluations=found.evaluations + near.evaluations)

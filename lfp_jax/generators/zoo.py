@@ -17,6 +17,17 @@ LICENCES = {
 _BUNDLED = {"stylegan2-demo": os.path.join(_ASSETS, "stylegan2-demo")}
 
 
+def estimator(name, attacks):
+    """Give the path of the bundled network that reads keys from a generator's images, or None.
+
+    Args:
+        name: of the generator.
+        attacks: "none", or "attacks" where they stood in its training.
+    """
+    path = os.path.join(_ASSETS, "estimators", name, attacks)
+    return path if os.path.isdir(path) else None
+
+
 def resolve(source):
     """Turn a zoo name or a path into an existing path.
 

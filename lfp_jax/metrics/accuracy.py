@@ -5,8 +5,10 @@ together, so that counting each as a trial would make an interval far too narrow
 """
 
 import dataclasses
+import itertools
 import math
 import statistics
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -51,6 +53,51 @@ def bit_accuracy(decoded: np.ndarray, keys: np.ndarray, *, confidence: float = 0
         ValueError: shapes that do not fit, or no images.
     """
     return _rate(_agree(decoded, keys).mean(axis=1), confidence)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bin:
+    """Bits whose stated probability of error lies between two bounds."""
+
+    lowest: float
+    highest: float
+    stated: float  # its mean
+    wrong: float  # share of errors
+    low: float  # Wilson interval of that share
+    high: float
+    bits: int
+
+
+def reliability(
+    soft_bits: np.ndarray,
+    keys: np.ndarray,
+    *,
+    edges: Sequence[float] = (0.0, 0.002, 0.01, 0.05, 0.15, 0.2, 0.4, 0.5),
+    confidence: float = 0.95,
+) -> list[Bin]:
+    """Hold the stated probabilities of error against the share of errors.
+
+    Args:
+        soft_bits: probability [n, k] that a bit is one; that of an error is that of the other bit.
+        keys: the true bits [n, k].
+        edges: of the bins, rising from 0 to 0.5.
+        confidence: of the intervals, in which bits count as independent.
+
+    Returns:
+        A Bin for each pair of edges that holds any bits.
+    """
+    soft_bits = np.asarray(soft_bits, np.float64)
+    stated = np.minimum(soft_bits, 1.0 - soft_bits)
+    wrong = ~_agree(soft_bits > 0.5, keys)
+    bins = []
+    for lowest, highest in itertools.pairwise(edges):
+        inside = (stated >= lowest) & ((stated < highest) | (highest == edges[-1]))
+        count, errors = int(inside.sum()), int(wrong[inside].sum())
+        if count:
+            low, high = wilson(errors, count, confidence=confidence)
+            mean = float(stated[inside].mean())
+            bins.append(Bin(lowest, highest, mean, errors / count, low, high, count))
+    return bins
 
 
 def wilson(successes: float, n: int, *, confidence: float = 0.95) -> tuple[float, float]:

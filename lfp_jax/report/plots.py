@@ -51,6 +51,33 @@ def estimator_curve(path: str | os.PathLike, lines: Iterable[dict[str, Any]]) ->
     _curve(path, lines, [upper, lower], along="pairs")
 
 
+def reliability(path: str | os.PathLike, bins: Iterable[dict[str, Any]]) -> None:
+    """Draw shares of wrong bits against their stated probabilities of error, as a PNG.
+
+    Args:
+        path: the file to write.
+        bins: with "stated", "wrong", "low", "high" and "bits" (fields of `accuracy.Bin`).
+    """
+    figure = Figure(figsize=(5, 5), dpi=120, layout="constrained")
+    axis = figure.subplots()
+    axis.plot([0.0, 0.5], [0.0, 0.5], color="grey", linewidth=0.8, label="calibrated")
+    bins = list(bins)
+    stated, wrong = ([each[name] for each in bins] for name in ("stated", "wrong"))
+    below = [each["wrong"] - each["low"] for each in bins]
+    above = [each["high"] - each["wrong"] for each in bins]
+    axis.errorbar(stated, wrong, [below, above], fmt="o", markersize=4, linewidth=0.8)
+    for each in bins:
+        place = (each["stated"], each["wrong"])
+        axis.annotate(
+            f"{each['bits']:,} bits", place, xytext=(6, -10), textcoords="offset points",
+            fontsize=7,
+        )  # fmt: skip
+    axis.set(xlabel="stated probability of error", ylabel="share of errors")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    _write(figure, path)
+
+
 def _curve(path, lines, panels, *, along):
     """Draw panels of series of the lines, one above the other; one that has none is left out."""
     lines = sorted(lines, key=lambda line: line[along])
