@@ -37,20 +37,21 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.shift = 64
     config.strength = 4.0
     config.code = "antipodal"
-    config.nuisance = placeholder(int)  # unset: all directions
+    config.nuisance = 64  # leading directions; those beyond hardly move a pixel
 
     config.total_pairs = 1_000_000
-    config.attacks = "paper"  # or "none"
+    config.attacks = "paper-history"  # covers "paper" too; or "none"
+    config.begin = placeholder(str)  # a trained estimator to start from, e.g. without attacks
     config.network = ml_collections.ConfigDict(
         {
-            "patch": 4, "channels": (64, 128), "blocks": 2, "grid": 4, "head": 64, "width": 384,
+            "patch": 4, "channels": (32, 96), "blocks": 1, "grid": 8, "head": 24, "width": 384,
             "rounds": 2,
         }
     )  # fmt: skip
     config.batch = 64
     config.learning_rate = 1e-3
-    config.warmup = 1_000
-    config.bit_weight = 4.0
+    config.warmup = 200
+    config.bit_weight = 1.0
     config.clip = 1.0
     config.ema_pairs = 50_000
     config.log_every = 50

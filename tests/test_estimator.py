@@ -18,6 +18,7 @@ ARCH = estimators.Architecture(
     patch=2, channels=(8, 16), blocks=1, grid=2, head=4, width=16, rounds=2
 )
 MARK = {"strength": 1.5, "code": "antipodal"}
+METRIC = np.eye(DIM, dtype=np.float32)
 
 
 def _generator(seed, name):
@@ -45,7 +46,7 @@ def space(directions):
 @pytest.fixture(scope="module")
 def estimator(generator, space):
     """An estimator whose last layers say something, as a trained one's do."""
-    made = estimators.initial(jax.random.key(2), generator, space, arch=ARCH, **MARK)
+    made = estimators.initial(jax.random.key(2), generator, space, metric=METRIC, arch=ARCH, **MARK)
     rng = np.random.default_rng(0)
     for name in ("theta", "bits"):
         shape = made.params["network"][name]["kernel"].shape
@@ -61,7 +62,9 @@ def images(generator, space):
 
 
 def test_an_untrained_one_says_the_prior_mean_and_no_bit(generator, space, images):
-    plain = estimators.initial(jax.random.key(2), generator, space, arch=ARCH, **MARK)
+    plain = estimators.initial(
+        jax.random.key(2), generator, space, metric=METRIC, arch=ARCH, **MARK
+    )
     found = estimators.learned(
         jax.random.key(0), generator, space, images, estimator=plain, progress=False, **MARK
     )
@@ -86,21 +89,50 @@ def test_the_solution_is_what_the_last_round_says(generator, space, estimator, i
     assert found.bits.shape == (5, BITS)
 
 
+def test_slopes_are_how_the_squared_difference_falls(generator, space, estimator, images):
+    """To first order, and in proportion: a step along the slopes is the steepest there is."""
+    w = jnp.tile(space.mean, (5, 1))
+    _, slopes = estimators._compare(estimator, generator, space, w, images)
+    np.testing.assert_allclose(np.mean(np.square(slopes), axis=1), 1.0, rtol=1e-4)
+
+    def square(unknowns):
+        loud = unknowns[:, : DIM - BITS] * space.nuisance_stddev[None]
+        soft = 0.5 * (1.0 + unknowns[:, DIM - BITS :])
+        made = jnp.clip(generator.decode(fingerprint.compose(space, loud, soft, **MARK)), -1, 1)
+        return jnp.sum(jnp.square(made - images))
+
+    down = -jax.grad(square)(jnp.zeros((5, DIM))) / estimator.sensitivity[None]
+    cosine = np.sum(down * slopes, axis=1) / np.linalg.norm(down, axis=1) / np.sqrt(DIM)
+    np.testing.assert_allclose(cosine, 1.0, atol=1e-3)
+
+
+def test_sensitivity_is_the_rms_change_of_a_step(generator, space):
+    metric = np.diag(np.arange(1.0, DIM + 1.0, dtype=np.float32))
+    made = estimators.initial(jax.random.key(2), generator, space, metric=metric, arch=ARCH, **MARK)
+    bit = 0.75 * np.asarray(space.carrier)[:, 1]
+    wanted = np.sqrt(bit @ metric @ bit / np.prod(generator.image_shape))
+    np.testing.assert_allclose(made.sensitivity[DIM - BITS + 1], wanted, rtol=1e-4)
+
+
 def test_it_counts_its_own_operations_too(generator, space, estimator, images):
-    def cost(arch):
-        made = estimators.initial(jax.random.key(0), generator, space, arch=arch, **MARK)
+    def cost(**changes):
+        arch = estimators.Architecture(**{**vars(ARCH), **changes})
+        made = estimators.initial(
+            jax.random.key(0), generator, space, metric=METRIC, arch=arch, **MARK
+        )
         return estimators._evaluations(made, generator)
 
-    once = cost(estimators.Architecture(**{**vars(ARCH), "rounds": 1}))
-    twice = cost(ARCH)
-    assert once > 2.0  # a round, and the residual
-    np.testing.assert_allclose(twice - 1.0, 2.0 * (once - 1.0), rtol=1e-6)
-    wider = cost(estimators.Architecture(**{**vars(ARCH), "channels": (16, 32)}))
-    assert wider > twice + 0.1
+    once, twice, thrice = (cost(rounds=rounds) for rounds in (1, 2, 3))
+    assert once > 1.0  # the residual
+    assert twice - once > 2.0  # a round from the second on: forward and back
+    np.testing.assert_allclose(thrice - twice, twice - once, rtol=1e-6)
+    assert cost(channels=(16, 32)) > twice + 0.1
 
 
 def test_leading_directions_only(generator, space, images):
-    part = estimators.initial(jax.random.key(2), generator, space, arch=ARCH, nuisance=3, **MARK)
+    part = estimators.initial(
+        jax.random.key(2), generator, space, metric=METRIC, arch=ARCH, nuisance=3, **MARK
+    )
     guess = estimators.Guess(jnp.ones((1, 3)), jnp.zeros((1, BITS)), jnp.zeros(3))
     w = estimators.place(part, space, guess)[0] - space.mean
     alpha = np.einsum("d,dm->m", w, space.nuisance) / np.asarray(space.nuisance_stddev)
@@ -111,20 +143,21 @@ def test_leading_directions_only(generator, space, images):
 def test_the_network_takes_images_of_any_size(size):
     network = estimators.Network(ARCH, nuisance=5, bits=3)
     image = jax.random.normal(jax.random.key(0), (2, *size, 1))
-    params = network.init(jax.random.key(1), image, image, 0)
-    theta, logits = network.apply(params, image, image, 1)
+    slopes = jnp.ones((2, 8))
+    params = network.init(jax.random.key(1), image, image, slopes, 0)
+    theta, logits = network.apply(params, image, image, slopes, 1)
     assert (theta.shape, logits.shape) == ((2, 5), (2, 3))
 
 
 def test_the_network_tells_where_a_pixel_moved():
     network = estimators.Network(ARCH, nuisance=5, bits=3)
-    image = jnp.zeros((1, 8, 8, 3))
-    params = network.init(jax.random.key(1), image, image, 0)
+    image, slopes = jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 8))
+    params = network.init(jax.random.key(1), image, image, slopes, 0)
     kernel = jax.random.normal(jax.random.key(2), params["params"]["theta"]["kernel"].shape)
     params["params"]["theta"]["kernel"] = kernel
 
     def said(row, column):
-        return network.apply(params, image.at[0, row, column].add(0.5), image, 0)[0]
+        return network.apply(params, image.at[0, row, column].add(0.5), image, slopes, 0)[0]
 
     assert np.abs(said(1, 1) - said(1, 5)).max() > 1e-3
 
@@ -191,15 +224,15 @@ def test_a_store_of_another_kind_is_refused(generator, space, tmp_path):
 def test_sizes_below_1_are_named(generator, space):
     arch = estimators.Architecture(rounds=0)
     with pytest.raises(UserError, match="rounds of the estimator must be >= 1; got 0"):
-        estimators.initial(jax.random.key(0), generator, space, arch=arch, **MARK)
+        estimators.initial(jax.random.key(0), generator, space, metric=METRIC, arch=arch, **MARK)
 
 
-def test_the_weights_that_ship_are_at_most_4_mb():
+def test_the_weights_that_ship_are_at_most_2_mb():
     config = get_config()
-    network = estimators.Network(
-        estimators.Architecture(**config.network.to_dict()), 512 - config.bits, config.bits
-    )
+    sizes = estimators.Architecture(**config.network.to_dict())
+    network = estimators.Network(sizes, config.nuisance, config.bits)
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    slopes = jax.ShapeDtypeStruct((1, config.nuisance + config.bits), jnp.float32)
     key = jax.random.key(0)
-    params = jax.eval_shape(lambda x: network.init(key, x, x, 0), image)
-    assert 2 * sum(leaf.size for leaf in jax.tree.leaves(params)) <= 4e6
+    params = jax.eval_shape(lambda x, slopes: network.init(key, x, x, slopes, 0), image, slopes)
+    assert 2 * sum(leaf.size for leaf in jax.tree.leaves(params)) <= 2e6

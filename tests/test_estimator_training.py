@@ -62,8 +62,9 @@ def _settings(generator, workdir, **changes):
     """Give keywords of a quick training run: 8 steps of 32 pairs."""
     settings = {
         "generator": generator, "workdir": workdir, "total_pairs": 256, "basis_samples": 512,
-        "bits": BITS, "attacks": "none", "network": NETWORK, "batch": 32, "learning_rate": 3e-3,
-        "warmup": 50, "log_every": 1, "save_every": 4, "evaluate_every": 4, "evaluate_pairs": 64,
+        "bits": BITS, "shift": None, "directions": "pca", "attacks": "none", "network": NETWORK,
+        "batch": 32, "learning_rate": 3e-3, "warmup": 50, "log_every": 1, "save_every": 4,
+        "evaluate_every": 4, "evaluate_pairs": 64,
     }  # fmt: skip
     return settings | MARK | changes
 
@@ -149,11 +150,12 @@ def test_one_device_equals_four(whole, generator, tmp_path):
 def test_the_batch_is_split_over_the_devices(generator, space):
     mesh = sharding.mesh()
     arch = estimators.Architecture(**NETWORK | {"rounds": 1})
-    estimator = estimators.initial(KEY, generator, space, arch=arch, **MARK)
+    metric = np.eye(DIM, dtype=np.float32)
+    made = estimators.initial(KEY, generator, space, metric=metric, arch=arch, **MARK)
     hyper = training.Hyperparameters(32, 8, 3e-3, 50, 4.0, 1.0, 50_000, ())
-    step = training.make_step(arch, estimator.design, mesh=mesh, hyper=hyper)
-    state = training.initial_state(estimator, hyper)
-    text = step.lower(KEY, state, generator, space, np.int32(0)).compile().as_text()
+    step = training.make_step(mesh=mesh, hyper=hyper)
+    state, kind = training.initial_state(made, hyper), made.replace(params=None)
+    text = step.lower(KEY, state, kind, generator, space, np.int32(0)).compile().as_text()
     assert "f32[8,8,8,3]" in text  # 8 of the 32 images on a device
     assert "f32[32,8,8,3]" not in text
 
@@ -180,6 +182,18 @@ def test_a_checkpoint_is_finished_without_steps(whole, generator):
     assert (whole / "log.jsonl").read_bytes() == before
     jax.tree.map(np.testing.assert_array_equal, store.load(str(whole / "estimator"))[0], tree)
     assert (whole / "curve.png").exists()
+
+
+def test_a_run_begins_where_another_ended(whole, generator, tmp_path):
+    path = str(whole / "estimator")
+    ended, _ = store.load(path)
+    settings = _settings(generator, tmp_path, total_pairs=32, begin=path, learning_rate=0.0)
+    trainer.train(**settings)  # nothing learnt: the weights are those it began with
+    begun, _ = store.load(str(tmp_path / "estimator"))
+    jax.tree.map(np.testing.assert_array_equal, begun, ended)
+    narrow = settings | {"network": NETWORK | {"width": 32}, "workdir": tmp_path / "narrow"}
+    with pytest.raises(UserError, match="holds a network of other sizes: .*width=64"):
+        trainer.train(**narrow)
 
 
 def test_it_learns_to_read_keys_it_never_saw(generator, space, tmp_path):
@@ -234,8 +248,9 @@ def test_settings_that_do_not_fit_are_named(changes, says, generator, tmp_path):
 def _flags(pytestconfig, source, workdir):
     config = pytestconfig.rootpath / "configs" / "train_estimator.py"
     flags = [f"--config={config}:tiny", f"--workdir={workdir}", f"--config.generator={source}"]
-    flags += ["--config.bits=4", "--config.attacks=none", "--config.total_pairs=40"]
-    return [*flags, "--config.save_every=5", "--config.evaluate_every=100"]
+    flags += ["--config.bits=4", "--config.shift=12", "--config.attacks=none"]
+    flags += ["--config.total_pairs=40", "--config.save_every=5"]
+    return [*flags, "--config.evaluate_every=100"]
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,9 @@
 The network never sees an image alone: it compares it with what the generator makes of the estimate
 so far (first the prior mean), and gives a correction, a few rounds over with the same weights
 (cf. ReStyle, arXiv 2104.02699). Bits move pixels far less than the nuisance does; once the nuisance
-is explained, they are what is left of the difference.
+is explained, they are what is left of the difference. How each unknown would move this very picture
+is more than a small network can know, but the generator tells: from the second round on the slope
+of the squared difference by every unknown, one reverse pass, is an input too.
 
 Coordinates are theta = alpha / s of the leading nuisance directions, N(0, 1) under the prior, and a
 logit a bit. Images are [n, H, W, C] in [-1, 1] of any size. A network belongs to one generator,
@@ -26,7 +28,7 @@ from lfp_jax.logs import Progress
 from lfp_jax.weights import store
 
 _GAIN = 4.0  # the difference of images is small beside the images
-_GROUPS = 8
+_LEAST = 1e-12  # of norms; images that differ in nothing have no slope
 _SPEED = 10.0  # of the learnt variances: Adam would take thousands of steps to make them small
 _PROBES = 4  # fixed latents whose coordinates tell one basis from another
 _SAME_BASIS = 0.05  # relative difference of those; one swapped or flipped direction exceeds it
@@ -37,11 +39,11 @@ class Architecture:
     """Sizes of the network."""
 
     patch: int = 4  # pixels a side that become channels before the first convolution
-    channels: tuple[int, ...] = (64, 128)  # feature maps; each entry but the first halves the size
-    blocks: int = 2  # residual blocks at each size
-    grid: int = 4  # positions a side that the head tells apart
-    head: int = 64  # feature maps it keeps of each position
-    width: int = 512
+    channels: tuple[int, ...] = (32, 96)  # feature maps; each entry but the first halves the size
+    blocks: int = 1  # residual blocks at each size
+    grid: int = 8  # positions a side that the head tells apart
+    head: int = 24  # feature maps it keeps of each position
+    width: int = 384
     rounds: int = 2
 
 
@@ -62,6 +64,7 @@ class Estimator(flax.struct.PyTreeNode):
 
     params: dict  # {"network": linen parameters, "log_variance": [rounds, nuisance] / _SPEED}
     probe: jax.Array  # [4, m], coordinates of fixed latents in the basis it was trained for
+    sensitivity: jax.Array  # [nuisance + k], change of the image by a step of each unknown, rms
     arch: Architecture = flax.struct.field(pytree_node=False)
     design: Design = flax.struct.field(pytree_node=False)
 
@@ -75,13 +78,15 @@ class Guess(flax.struct.PyTreeNode):
 
 
 class _Block(nn.Module):
-    """Residual block of two 3 x 3 convolutions; the trunk keeps the scale of what it carries."""
+    """Residual block of two 3 x 3 convolutions; the trunk keeps the scale of what it carries.
+
+    It does not normalise: how large a difference is says how far to go.
+    """
 
     @nn.compact
     def __call__(self, x):
         features = x.shape[-1]
-        y = nn.relu(nn.GroupNorm(min(_GROUPS, features), name="norm0")(x))
-        y = nn.relu(nn.Conv(features, (3, 3), name="conv0")(y))
+        y = nn.relu(nn.Conv(features, (3, 3), name="conv0")(nn.relu(x)))
         return x + nn.Conv(
             features, (3, 3), kernel_init=nn.initializers.variance_scaling(0.1, "fan_in", "normal"),
             name="conv1",
@@ -89,17 +94,17 @@ class _Block(nn.Module):
 
 
 class Network(nn.Module):
-    """Images and references [n, H, W, C] -> corrections [n, nuisance] and [n, bits]."""
+    """Images, references [n, H, W, C] and slopes -> corrections [n, nuisance] and [n, bits]."""
 
     arch: Architecture
     nuisance: int
     bits: int
 
     @nn.compact
-    def __call__(self, images, references, number):
-        """Compare; `number` is that of the round, from 0 on."""
+    def __call__(self, images, references, slopes, number):
+        """Compare; `slopes` [n, nuisance + bits] of `_compare`, `number` of the round, from 0."""
         arch = self.arch
-        pair = jnp.concatenate([images, references, _GAIN * (images - references)], axis=-1)
+        pair = jnp.concatenate([images, _GAIN * (images - references)], axis=-1)
         x = _to_patches(pair, arch.patch)
         for i, features in enumerate(arch.channels):
             stride = 1 if i == 0 else 2
@@ -110,12 +115,16 @@ class Network(nn.Module):
         # Positions are kept, however large the image: which pixel moved is what tells the bits.
         shape = (len(x), arch.grid, arch.grid, arch.head)
         x = jax.image.resize(x, shape, "linear").reshape(len(x), -1)
-        x = nn.Dense(arch.width, name="hidden")(x)
+        x = nn.Dense(arch.width, name="hidden")(jnp.concatenate([x, slopes], axis=-1))
         rounds = self.param("rounds", nn.initializers.zeros, (arch.rounds, arch.width))
         x = jnp.concatenate([x, nn.relu(x + rounds[number][None])], axis=-1)  # a linear path too
         zeros = nn.initializers.zeros
+        # A slope is worth more the nearer the reference is: the network says how far to follow it.
+        pace = nn.Dense(self.nuisance + self.bits, kernel_init=zeros, name="pace")(x)
+        along_theta, along_bits = jnp.split(pace * slopes, [self.nuisance], axis=-1)
         theta = nn.Dense(self.nuisance, kernel_init=zeros, name="theta")(x)
-        return theta, nn.Dense(self.bits, kernel_init=zeros, name="bits")(x)
+        bits = nn.Dense(self.bits, kernel_init=zeros, name="bits")(x)
+        return theta + along_theta, bits + along_bits
 
 
 def _to_patches(x, size):
@@ -127,13 +136,14 @@ def _to_patches(x, size):
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, rows, columns, size * size * channels)
 
 
-def initial(key, generator, space, *, arch, strength, code, nuisance=None):
+def initial(key, generator, space, *, metric, arch, strength, code, nuisance=None):
     """Make an untrained estimator.
 
     Args:
         key: draws the weights.
         generator: the generator it is for.
         space: carrier, nuisance and mean.
+        metric: [d, d] of `sensitivity.mean_metric`.
         arch: an Architecture.
         strength, code: as injected.
         nuisance: leading nuisance directions to estimate; None for all.
@@ -155,12 +165,16 @@ def initial(key, generator, space, *, arch, strength, code, nuisance=None):
     images = jnp.zeros((1, *generator.image_shape))
     # Reseeded for the hardware-style generator: a network's worth of draws compiles in no time.
     key = jax.random.key(jax.random.bits(key), impl="unsafe_rbg")
+    slopes = jnp.zeros((1, nuisance + bits))
     params = {
-        "network": jax.jit(network.init)(key, images, images, 0)["params"],
+        "network": jax.jit(network.init)(key, images, images, slopes, 0)["params"],
         "log_variance": jnp.zeros((arch.rounds, nuisance)),
     }
     design = Design(generator.name, generator.sha256, bits, nuisance, float(strength), code)
-    return Estimator(params, _probe(space), arch, design)
+    steps = _steps(design, space)
+    squares = jnp.einsum("dq,de,eq->q", steps, metric, steps, precision="highest")
+    sensitivity = jnp.sqrt(jnp.maximum(squares, 0.0) / images.size)
+    return Estimator(params, _probe(space), sensitivity, arch, design)
 
 
 def guesses(estimator, generator, space, images):
@@ -184,15 +198,41 @@ def guesses(estimator, generator, space, images):
     for number in range(estimator.arch.rounds):
         guess = jax.lax.stop_gradient(guess)
         w = place(estimator, space, guess)
-        references = jnp.clip(decode_flat(generator, w), -1.0, 1.0)  # as the image was
-        references = jnp.broadcast_to(jax.lax.stop_gradient(references), images.shape)
+        if number:
+            references, slopes = _compare(estimator, generator, space, w, images)
+        else:  # at one picture slopes are linear maps of the image, which the network can learn
+            references = jnp.broadcast_to(_make(generator, w), images.shape)
+            slopes = jnp.zeros((len(images), len(estimator.sensitivity)))
         theta, logits = network.apply(
-            {"params": estimator.params["network"]}, images, references, number
+            {"params": estimator.params["network"]}, images, references, slopes, number
         )
         log_variance = _SPEED * estimator.params["log_variance"][number]
         guess = Guess(guess.theta + theta, guess.logits + logits, log_variance)
         found.append(guess)
     return found
+
+
+def _make(generator, w):
+    return jnp.clip(decode_flat(generator, w), -1.0, 1.0)  # as the image was
+
+
+def _compare(estimator, generator, space, w, images):
+    """Make references of latents [n, d], and say how each unknown should move to bring them nearer.
+
+    Slopes [n, nuisance + k] are in units of each unknown's mean effect, of mean square 1: how far
+    to go is for the network to say.
+    """
+    references, pull = jax.vjp(partial(_make, generator), w)
+    steps = _steps(estimator.design, space) / jnp.maximum(estimator.sensitivity, _LEAST)[None]
+    slopes = jnp.einsum("nd,dq->nq", pull(images - references)[0], steps, precision="highest")
+    square = jnp.mean(jnp.square(slopes), axis=1, keepdims=True)
+    return references, slopes * jax.lax.rsqrt(square + _LEAST)
+
+
+def _steps(design, space):
+    """Latent steps [d, nuisance + k]: a standard deviation of each nuisance, half a bit's swing."""
+    loud = (space.nuisance * space.nuisance_stddev[None])[:, : design.nuisance]
+    return jnp.concatenate([loud, 0.5 * design.strength * space.carrier], axis=1)
 
 
 def place(estimator, space, guess):
@@ -227,8 +267,9 @@ def learned(
         progress: show a progress line.
 
     Returns:
-        A Solution. Its evaluations are the generator's forward passes, one a round and one for the
-        residual, and the network's own floating-point operations in units of such a pass.
+        A Solution. Its evaluations are floating-point operations, the network's too, in units of
+        the generator's forward pass: forward and back a round after the first, whose reference is
+        the same for all images, and forward for the residual.
 
     Raises:
         UserError: images of another shape than the generator's, batch below 1, or an estimator
@@ -248,15 +289,22 @@ def learned(
 
 
 def _evaluations(estimator, generator):
-    """Count the generator evaluations of one image, the network in floating-point operations."""
+    """Count the generator evaluations of one image, by floating-point operations."""
     arch, design = estimator.arch, estimator.design
     network = Network(arch, design.nuisance, design.bits)
     image = jax.ShapeDtypeStruct((1, *generator.image_shape), jnp.float32)
+    slopes = jax.ShapeDtypeStruct((1, design.nuisance + design.bits), jnp.float32)
     latent = jax.ShapeDtypeStruct((1, *generator.latent_shape), jnp.float32)
     params = {"params": estimator.params["network"]}
-    own = _operations(partial(network.apply, number=0), params, image, image)
-    generators = _operations(lambda generator, w: generator.decode(w), generator, latent)
-    return arch.rounds * (1.0 + own / generators) + 1.0
+
+    def slope(generator, w, image):
+        references, pull = jax.vjp(generator.decode, w)
+        return references, pull(image - references)
+
+    own = _operations(partial(network.apply, number=0), params, image, image, slopes)
+    forward = _operations(lambda generator, w: generator.decode(w), generator, latent)
+    slope_cost = _operations(slope, generator, latent, image)
+    return (arch.rounds * own + (arch.rounds - 1) * slope_cost) / forward + 1.0
 
 
 def _operations(function, *args):
@@ -312,7 +360,8 @@ def save(path, estimator, **more):
         "design": dataclasses.asdict(estimator.design),
         **more,
     }
-    store.save(path, {"params": params, "probe": np.asarray(estimator.probe)}, metadata)
+    arrays = {"probe": estimator.probe, "sensitivity": estimator.sensitivity}
+    store.save(path, {"params": params, **jax.tree.map(np.asarray, arrays)}, metadata)
 
 
 def load(path, generator, space, *, strength, code):
@@ -332,6 +381,7 @@ def load(path, generator, space, *, strength, code):
     sizes = metadata["architecture"]
     arch = Architecture(**sizes | {"channels": tuple(sizes["channels"])})
     tree = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
-    estimator = Estimator(tree["params"], tree["probe"], arch, Design(**metadata["design"]))
+    design = Design(**metadata["design"])
+    estimator = Estimator(tree["params"], tree["probe"], tree["sensitivity"], arch, design)
     check_design(estimator, generator, space, strength=strength, code=code)
     return estimator

@@ -38,13 +38,14 @@ def train(
     shift=64,
     strength=4.0,
     code="antipodal",
-    nuisance=None,
+    nuisance=64,
     attacks="paper",
     network=None,
+    begin=None,
     batch=64,
     learning_rate=1e-3,
-    warmup=1_000,
-    bit_weight=4.0,
+    warmup=200,
+    bit_weight=1.0,
     clip=1.0,
     ema_pairs=50_000,
     seed=0,
@@ -71,9 +72,11 @@ def train(
         nuisance: leading nuisance directions to estimate; None for all.
         attacks: a name in `training.CHAINS`.
         network: options of `estimator.Architecture`; None for its defaults.
+        begin: store of an estimator of the same generator and design point whose weights are where
+            training starts, e.g. one trained without attacks; None to draw them.
         batch: pairs a step; must divide by the number of devices.
         learning_rate: of Adam, at its highest: reached in `warmup` steps, zero at the end.
-        bit_weight: of the bits' loss against that of the nuisance.
+        bit_weight: of the bits' mean loss against that of the nuisance.
         clip: the most that the gradient's norm may be.
         ema_pairs: half-life of the averaged weights.
         log_every, save_every, evaluate_every: in steps; the first divides the second.
@@ -84,7 +87,8 @@ def train(
         The averaged estimator, as stored (in float32 where there is no store yet).
 
     Raises:
-        UserError: a setting out of bounds, or a batch that does not divide by the devices.
+        UserError: a setting out of bounds, a batch that does not divide by the devices, or an
+            estimator to begin with that was made for another design point or network.
     """
     # --- generator, basis, network ---------------------------------------------------------------
     mesh = sharding.mesh(devices=devices)
@@ -93,15 +97,17 @@ def train(
     _check(mesh, total_pairs, batch, strength, log_every, save_every, evaluate_pairs)
     fold = partial(jax.random.fold_in, jax.random.key(seed))
     source = generators.load(generator) if isinstance(generator, str) else generator
-    fitted, _ = basis.measure_generator(
+    fitted, metric = basis.measure_generator(
         fold(_BASIS), source, samples=basis_samples, directions=directions
     )
     space = basis.split(fitted, bits=bits, shift=shift)
     arch = estimators.Architecture(**network or {})
     estimator = estimators.initial(
-        fold(_INIT), source, space, arch=arch, strength=strength, code=code, nuisance=nuisance
-    )
-    design = estimator.design
+        fold(_INIT), source, space, metric=metric, arch=arch, strength=strength, code=code,
+        nuisance=nuisance,
+    )  # fmt: skip
+    if begin is not None:
+        estimator = _begin(begin, estimator, source, space)
     steps = -(-total_pairs // batch)
     hyper = training.Hyperparameters(
         batch, steps, learning_rate, warmup, bit_weight, clip, ema_pairs, chain
@@ -113,15 +119,15 @@ def train(
     state = sharding.replicate(mesh, training.initial_state(estimator, hyper))
     if start:
         state = store.restore_step(manager, start, like=state)
-    source, space = sharding.replicate(mesh, (source, space))
+    source, space, kind = sharding.replicate(mesh, (source, space, estimator.replace(params=None)))
     first = jax.process_index() == 0  # of several processes one writes and speaks
     log = MetricLog(os.path.join(workdir, "log.jsonl")) if first else None
-    take_step = training.make_step(arch, design, mesh=mesh, hyper=hyper)
-    evaluate = training.make_evaluation(arch, design, mesh=mesh, batch=batch, chain=chain)
+    take_step = training.make_step(mesh=mesh, hyper=hyper)
+    evaluate = training.make_evaluation(mesh=mesh, batch=batch, chain=chain)
     starts = np.arange(0, evaluate_pairs, batch, dtype=np.int32)
 
     def measure(params):
-        of_batch = partial(evaluate, fold(_FRESH), params, source, space)
+        of_batch = partial(evaluate, fold(_FRESH), kind.replace(params=params), source, space)
         return _bit_accuracies(of_batch, starts, training.attack_names(chain))
 
     # --- steps -----------------------------------------------------------------------------------
@@ -131,7 +137,7 @@ def train(
     line = Progress(max(steps, start) * batch, unit="pairs", label="train", start=start * batch)
     with line if first else Silent() as progress:
         for step in range(start, steps):
-            state, metrics = take_step(fold(_PAIRS), state, source, space, np.int32(step))
+            state, metrics = take_step(fold(_PAIRS), state, kind, source, space, np.int32(step))
             window.add(metrics)
             done = step + 1
             last = done == steps
@@ -162,6 +168,16 @@ def train(
             log.write(done, pairs=done * batch, fresh=found)
         _write(workdir, estimator, found, pairs=done * batch, attacks=attacks, seed=seed)
     return estimator
+
+
+def _begin(path, estimator, generator, space):
+    """Read the weights to start from; they must be of the same network."""
+    design = estimator.design
+    read = estimators.load(path, generator, space, strength=design.strength, code=design.code)
+    if (read.arch, read.design) != (estimator.arch, design):
+        theirs = f"{read.arch}, nuisance {read.design.nuisance}"
+        raise UserError(f"'{path}' holds a network of other sizes: {theirs}.")
+    return estimator.replace(params=read.params)
 
 
 def _check(mesh, total_pairs, batch, strength, log_every, save_every, evaluate_pairs):
