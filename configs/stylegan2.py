@@ -60,6 +60,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.adam = ml_collections.ConfigDict(
         {"starts": 20, "steps": 2000, "learning_rate": 0.2, "decay": 0.001, "penalty": 0.1}
     )
+    config.decoys = 100_000  # random keys among which the right one should fit best
     config.fd_images = 5_000  # for each distance; 0: none
 
     if switches.paper:

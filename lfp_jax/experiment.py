@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lfp_jax import attacks, basis, fingerprint, generators, images, keys, logs
-from lfp_jax.attribution import bank, inversion, least_squares
+from lfp_jax.attribution import bank, inversion, least_squares, verdict
 from lfp_jax.attribution import estimator as learner
 from lfp_jax.errors import UserError, choose
 from lfp_jax.generators import stylegan2, zoo
@@ -24,7 +24,9 @@ _COLUMNS = 8
 _DRAWS = 100  # bootstrap draws of a distance
 
 # Everything random in a run comes from one of these folds of the seed.
-_BASIS, _IMAGES, _KEYS, _BANK, _ESTIMATE, _QUALITY, _QUALITY_KEYS, _BOOTSTRAP, _ATTACK = range(9)
+(
+    _BASIS, _IMAGES, _KEYS, _BANK, _ESTIMATE, _QUALITY, _QUALITY_KEYS, _BOOTSTRAP, _ATTACK, _DECOYS,
+) = _FOLDS = range(10)  # fmt: skip
 
 
 def run(config, workdir):
@@ -43,7 +45,7 @@ def run(config, workdir):
     workdir = Path(workdir)
     _check(config)
     key = jax.random.key(config.seed)
-    fold = [jax.random.fold_in(key, i) for i in range(9)]
+    fold = [jax.random.fold_in(key, i) for i in _FOLDS]
 
     # --- generator and basis -----------------------------------------------------------------
     generator = _load_generator(config.generator)
@@ -80,9 +82,12 @@ def run(config, workdir):
 
     # --- measure -------------------------------------------------------------------------------
     n = config.images
+    ratios = verdict.ratios(solution.soft_bits)
+    decoys = _draw_bits(fold[_DECOYS], config.decoys, config.bits)
     metrics = {
         "bit_accuracy": _rate(accuracy.bit_accuracy(solution.bits, truth), n),
         "word_accuracy": _rate(accuracy.word_accuracy(solution.bits, truth), n),
+        "right_user_first": _rate(accuracy.first_among(ratios, truth, decoys), n),
         "psnr": _mean(jax.vmap(perceptual.psnr)(made, plain), unit="dB"),
         "ssim": _mean(jax.vmap(perceptual.ssim)(made, plain)),
         "residual": _mean(solution.residual),
@@ -93,6 +98,7 @@ def run(config, workdir):
         metrics |= _frechet(fold, generator, space, config)
     bins = accuracy.reliability(solution.soft_bits, truth)
     metrics["reliability"] = [dataclasses.asdict(each) for each in bins]
+    metrics["right_user_first"]["decoys"] = config.decoys
     metrics |= {
         "settings": config.to_dict(),
         "versions": _versions(),
@@ -126,6 +132,8 @@ def table(metrics):
 def _check(config):
     if config.images < 1 or config.users < 1:
         raise UserError(f"users and images must be >= 1; got {config.users}, {config.images}.")
+    if config.decoys < 1:
+        raise UserError(f"decoys must be >= 1; got {config.decoys}.")
     if not config.strength > 0:
         raise UserError(f"strength must be > 0; got {config.strength}.")
     choose(config.basis, basis.DIRECTIONS, "basis")

@@ -67,6 +67,15 @@ def test_other_mistakes():
         accuracy.word_accuracy(np.zeros((0, 4)), np.zeros((0, 4)))
 
 
+def test_first_among_decoys():
+    llr = np.array([[2.0, -1.0, 0.5], [2.0, -1.0, -0.5], [0.0, 0.0, 0.0]])
+    keys = np.array([[1, 0, 0], [1, 0, 0], [1, 1, 1]], np.uint8)
+    decoys = np.array([[1, 1, 0], [0, 0, 0], [1, 0, 1]], np.uint8)
+    # The third decoy fits the first image better, and all fit the last one alike.
+    assert accuracy.first_among(llr, keys, decoys).value == 1 / 3
+    assert accuracy.first_among(llr, keys, decoys[:2]).value == 2 / 3
+
+
 def test_reliability_holds_what_is_stated_against_what_is_so():
     rng = np.random.default_rng(0)
     chance = rng.uniform(size=(400, 64))

@@ -24,7 +24,15 @@ def metrics(run):
 
 
 def test_every_quantity_says_its_value_interval_and_count(metrics):
-    for name in ("bit_accuracy", "word_accuracy", "psnr", "ssim", "fd", "fd_plain"):
+    for name in (
+        "bit_accuracy",
+        "word_accuracy",
+        "right_user_first",
+        "psnr",
+        "ssim",
+        "fd",
+        "fd_plain",
+    ):
         entry = metrics[name]
         assert entry["low"] <= entry["value"] <= entry["high"], name
         assert entry["images"] >= 4, name

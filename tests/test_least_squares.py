@@ -98,7 +98,9 @@ def test_hybrid_adds_the_cost_of_the_network_and_does_without_one(model, cases):
     _, made, bank = cases["antipodal"]
     mark = {"strength": 1.0, "code": "antipodal"}
     arch = estimators.Architecture(patch=2, channels=(4,), blocks=0, grid=2, head=2, width=4)
-    network = estimators.initial(jax.random.key(0), *model, arch=arch, **mark)
+    network = estimators.initial(
+        jax.random.key(0), *model, metric=bank.metric, arch=arch, nuisance=4, **mark
+    )
     options = {"bank": bank, "ranks": (8,), "starts": 1, "jacobians": 1, "progress": False} | mark
     args = jax.random.key(0), *model, made[:2]
     plain = least_squares.hybrid(*args, **options)

@@ -55,6 +55,26 @@ def bit_accuracy(decoded: np.ndarray, keys: np.ndarray, *, confidence: float = 0
     return _rate(_agree(decoded, keys).mean(axis=1), confidence)
 
 
+def first_among(
+    llr: np.ndarray, keys: np.ndarray, decoys: np.ndarray, *, confidence: float = 0.95
+) -> Rate:
+    """Compute the share of images whose own key fits better than every decoy does.
+
+    A key fits as its log-likelihood does, the sum of the ratios of its ones less those of its
+    zeros; a decoy that fits as well as the key comes first.
+
+    Args:
+        llr: log-likelihood ratios of one to zero, [n, k].
+        keys: the true bits [n, k].
+        decoys: keys of nobody, [m, k].
+        confidence: of the Wilson interval.
+    """
+    llr, others = np.asarray(llr, np.float64), 2.0 * np.asarray(decoys) - 1.0
+    own = np.sum(llr * (2.0 * np.asarray(keys) - 1.0), axis=1)
+    best = np.array([np.max(others @ row) for row in llr])
+    return _rate(own > best, confidence)
+
+
 @dataclasses.dataclass(frozen=True)
 class Bin:
     """Bits whose stated probability of error lies between two bounds."""
