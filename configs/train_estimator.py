@@ -7,6 +7,13 @@ itself, without end; new users need no training. The folder `estimator` of the w
 `learned` loads; beside it are `curve.png` and `log.jsonl`, with bit accuracy on fresh keys under
 each attack on the way.
 
+The two that ship were made on one core in half an hour each, the second from the first:
+
+    ... --config.attacks=none --config.total_pairs=56000 --config.batch=32 \\
+        --config.learning_rate=1.5e-3
+    ... --config.attacks=paper-history --config.total_pairs=42000 --config.batch=32 \\
+        --config.begin=lfp_jax/assets/estimators/stylegan2-demo/none
+
 Over several processes, here two on one machine, the losses are the same; they leave a checkpoint,
 from which the first command then writes the estimator:
 
