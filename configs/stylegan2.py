@@ -42,6 +42,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.strength = 4.0  # a bit is +- half of it, here in standard deviations of the prior
     config.code = "antipodal"  # or "binary", the paper's
 
+    config.noise = "constant"  # of the synthesis; or random an image, "known" or "unknown" later
     config.attack = "none"  # between the model and the estimator: one of a suite, "paper:blur"
     config.estimator = "hybrid"  # or "lm", "learned", and "adam", the paper's
     config.network = placeholder(str)  # of learned and hybrid; unset: what ships

@@ -24,9 +24,11 @@ _COLUMNS = 8
 _DRAWS = 100  # bootstrap draws of a distance
 
 # Everything random in a run comes from one of these folds of the seed.
+_FOLDS = range(11)
 (
     _BASIS, _IMAGES, _KEYS, _BANK, _ESTIMATE, _QUALITY, _QUALITY_KEYS, _BOOTSTRAP, _ATTACK, _DECOYS,
-) = _FOLDS = range(10)  # fmt: skip
+    _NOISE,
+) = _FOLDS  # fmt: skip
 
 
 def run(config, workdir):
@@ -61,8 +63,9 @@ def run(config, workdir):
     mark = {"strength": config.strength, "code": config.code}
     latents = basis.sample(fold[_IMAGES], generator, config.images)
     marked = fingerprint.inject(space, latents, truth, **mark)
-    plain = images.png_round_trip(_decode(generator, latents))
-    made = images.png_round_trip(_decode(generator, marked))
+    makers = _makers(fold[_NOISE], generator, config)
+    plain = images.png_round_trip(_make(makers, generator, latents))
+    made = images.png_round_trip(_make(makers, generator, marked))
     images.write_pngs(workdir / "images", images.to_uint8(made))
     issued = {"keys": [keys.to_hex(user) for user in users], "user_of_image": owner}
     logs.write_json(workdir / "keys.json", issued)
@@ -76,8 +79,7 @@ def run(config, workdir):
     # --- estimate ------------------------------------------------------------------------------
     estimator, setup_seconds = _estimator(config, fold[_BANK], generator, space, metric)
     start = time.monotonic()
-    solution = estimator(fold[_ESTIMATE], generator, space, seen, **mark)
-    solution = inversion.host(solution)
+    solution = _estimate(estimator, fold[_ESTIMATE], makers, generator, space, seen, mark, config)
     seconds = time.monotonic() - start
 
     # --- measure -------------------------------------------------------------------------------
@@ -136,6 +138,7 @@ def _check(config):
         raise UserError(f"decoys must be >= 1; got {config.decoys}.")
     if not config.strength > 0:
         raise UserError(f"strength must be > 0; got {config.strength}.")
+    choose(config.noise, dict.fromkeys(("constant", "known", "unknown")), "noise")
     choose(config.basis, basis.DIRECTIONS, "basis")
     choose(config.code, fingerprint.CODES, "code")
     choose(config.estimator, dict.fromkeys(("hybrid", "lm", "learned", "adam")), "estimator")
@@ -223,6 +226,36 @@ def _network(config, generator, space):
         raise UserError(problem)
     print(f"hybrid: starts from the bank alone. {problem}")
     return None
+
+
+def _makers(key, generator, config):
+    """Give the generator of each image, apart in their synthesis noise; None: all have one."""
+    if config.noise == "constant":
+        return None
+    if not isinstance(generator, stylegan2.StyleGAN2):
+        raise UserError(f"'{generator.name}' has no synthesis noise; noise must be 'constant'.")
+    keys = [jax.random.fold_in(key, i) for i in range(config.images)]
+    draw = partial(stylegan2.draw_noise, arch=generator.arch, n=1)
+    return [generator.replace(noise=tuple(draw(key))) for key in keys]
+
+
+def _make(makers, generator, latents):
+    if makers is None:
+        return _decode(generator, latents)
+    rows = zip(makers, latents, strict=True)
+    return np.concatenate([np.asarray(_decode_batch(maker, w[None])) for maker, w in rows])
+
+
+def _estimate(estimator, key, makers, generator, space, seen, mark, config):
+    """Estimate: of images whose noise is known each with its own, else without noise."""
+    if config.noise == "known":
+        rows = zip(makers, seen, strict=True)
+        found = [inversion.host(estimator(key, maker, space, x[None], **mark)) for maker, x in rows]
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+    if config.noise == "unknown":
+        quiet = jax.tree.map(np.zeros_like, generator.noise)
+        generator = generator.replace(noise=quiet)
+    return inversion.host(estimator(key, generator, space, seen, **mark))
 
 
 def _loss(name):

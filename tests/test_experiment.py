@@ -2,10 +2,14 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
-from lfp_jax import images, keys, main
+from configs.stylegan2 import get_config
+from lfp_jax import experiment, images, keys, main
+from lfp_jax.attribution import inversion
+from lfp_jax.generators import stylegan2
 
 CONFIG = "--config=configs/stylegan2.py:tiny"
 
@@ -92,6 +96,35 @@ def test_an_attack_comes_between_the_model_and_the_estimator(run, metrics, tmp_p
     assert images.read(tmp_path / "grid.png").shape[0] > images.read(run / "grid.png").shape[0]
 
 
+def test_random_synthesis_noise_is_each_images_own_and_left_out_where_unknown():
+    arch = stylegan2.Architecture(
+        resolution=8, channels=(4, 4), z_dim=4, w_dim=4, mapping_layers=1, mapping_width=4
+    )
+    generator = stylegan2.random_generator(jax.random.key(0), arch, noise_strength=0.5)
+    config = get_config()
+    config.images = 3
+    assert experiment._makers(jax.random.key(1), generator, config) is None
+    seen, latents = [], np.zeros((3, 4), np.float32)
+
+    def estimator(key, maker, space, images, **mark):
+        seen.append((maker, images))
+        n = len(images)
+        return inversion.Solution(*(np.zeros(s) for s in ((n, 2), (n, 4), (n,), (n,))))
+
+    for config.noise in ("known", "unknown"):
+        makers = experiment._makers(jax.random.key(1), generator, config)
+        made = experiment._make(makers, generator, latents)
+        assert np.std(made[0] - made[1]) > 0.01
+        found = experiment._estimate(estimator, None, makers, generator, None, made, {}, config)
+        assert found.soft_bits.shape == (3, 2)
+    *known, unknown = seen
+    for i, (maker, one) in enumerate(known):
+        np.testing.assert_allclose(maker.decode(latents[i : i + 1]), one, atol=1e-5)
+        np.testing.assert_array_equal(one[0], made[i])
+    plain = generator.decode(latents, noise=0)
+    np.testing.assert_allclose(unknown[0].decode(latents), plain, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -102,6 +135,8 @@ def test_an_attack_comes_between_the_model_and_the_estimator(run, metrics, tmp_p
         ("code=binari", "Did you mean 'binary'"),
         ("estimator=adma", "Did you mean 'adam'"),
         ("generator=stylegan2-dmo", "Did you mean 'stylegan2-demo'"),
+        ("noise=unknwon", "Did you mean 'unknown'"),
+        ("decoys=0", "decoys must be >= 1; got 0."),
         ("basis=sensitivty", "Did you mean 'sensitivity'"),
         ("estimator=learned", "No trained network ships for 'stylegan2-tiny'."),
         ("network=nowhere", "nowhere"),
