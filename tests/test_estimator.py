@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.stylegan2 import get_config as experiment_config
 from configs.train_estimator import get_config
-from lfp_jax import basis, fingerprint
+from lfp_jax import basis, fingerprint, generators
 from lfp_jax.attribution import estimator as estimators
 from lfp_jax.errors import UserError
-from lfp_jax.generators import stylegan2
+from lfp_jax.generators import stylegan2, zoo
 from lfp_jax.weights import store
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -236,3 +237,19 @@ def test_the_weights_that_ship_are_at_most_2_mb():
     key = jax.random.key(0)
     params = jax.eval_shape(lambda x, slopes: network.init(key, x, x, slopes, 0), image, slopes)
     assert 2 * sum(leaf.size for leaf in jax.tree.leaves(params)) <= 2e6
+
+
+@pytest.mark.parametrize("attacks", ["none", "attacks"])
+def test_the_networks_that_ship_fit_the_generator_and_the_main_job(attacks):
+    path = zoo.estimator("stylegan2-demo", attacks)
+    tree, metadata = store.load(path)
+    config, generator = experiment_config(), generators.load("stylegan2-demo")
+    expected = {
+        "generator": "stylegan2-demo", "sha256": generator.sha256, "bits": config.bits,
+        "strength": config.strength, "code": config.code, "nuisance": get_config().nuisance,
+    }  # fmt: skip
+    assert metadata["design"] == expected
+    size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(tree))
+    assert 1e6 < size < 4e6
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
+    assert zoo.estimator("stylegan2-dem", attacks) is None
