@@ -89,7 +89,8 @@ def run(config, workdir):
     metrics = {
         "bit_accuracy": _rate(accuracy.bit_accuracy(solution.bits, truth), n),
         "word_accuracy": _rate(accuracy.word_accuracy(solution.bits, truth), n),
-        "right_user_first": _rate(accuracy.first_among(ratios, truth, decoys), n),
+        "right_user_first": _rate(accuracy.first_among(ratios, truth, decoys), n)
+        | {"decoys": config.decoys},
         "psnr": _mean(jax.vmap(perceptual.psnr)(made, plain), unit="dB"),
         "ssim": _mean(jax.vmap(perceptual.ssim)(made, plain)),
         "residual": _mean(solution.residual),
@@ -100,7 +101,6 @@ def run(config, workdir):
         metrics |= _frechet(fold, generator, space, config)
     bins = accuracy.reliability(solution.soft_bits, truth)
     metrics["reliability"] = [dataclasses.asdict(each) for each in bins]
-    metrics["right_user_first"]["decoys"] = config.decoys
     metrics |= {
         "settings": config.to_dict(),
         "versions": _versions(),

@@ -104,6 +104,18 @@ def whitened_nuisance(space: Space, latents: jax.Array, *, count: int | None = N
     return alpha / jnp.maximum(space.nuisance_stddev[None, :count], _LEAST_STDDEV)
 
 
+def steps(space: Space, *, strength: float, count: int | None = None) -> jax.Array:
+    """Give latent steps [d, count + k]: a standard deviation of each nuisance, half a bit's swing.
+
+    Args:
+        space: carrier, nuisance and mean.
+        strength: as injected.
+        count: leading nuisance directions; None for all.
+    """
+    loud = (space.nuisance * space.nuisance_stddev[None])[:, :count]
+    return jnp.concatenate([loud, 0.5 * strength * space.carrier], axis=1)
+
+
 @_jit
 def read(
     space: Space, latents: jax.Array, *, strength: float, code: str = "antipodal"

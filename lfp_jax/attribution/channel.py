@@ -19,7 +19,6 @@ from lfp_jax.attribution.gauss_newton import QUANTUM
 # The logarithm of the contrast, the brightness, the blur; and of a view with a crop the logarithm
 # of the share of each side that it keeps, and its offset down and right in shares of a side.
 _SPREAD = np.array([0.3, 0.3, 0.3, 0.2, 0.05, 0.05], np.float32)  # of strengths round their centre
-_UNCROPPED = 3  # strengths of a view without a crop
 KEPT = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # shares of each side that a crop may have kept: tried
 _BLURS = (0.0, 0.4, 0.7, 1.1, 1.4, 1.8)  # tried; those from 0.4 on are sigma 0.7, 1, 1.5, 2, 3
 _MUST_GAIN = 1.3  # factor in squared residual to believe in a crop, and another one in a blur

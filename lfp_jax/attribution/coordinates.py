@@ -28,14 +28,12 @@ def whiten(space, metric, *, strength, code, free):
 
     The `free` most sensitive ones can move (None: all).
     """
-    half = 0.5 * strength
-    # strength c(phi) = half (2 phi - 1), shifted by half under the binary code.
-    shift = half * jnp.sum(space.carrier, axis=1) if code == "binary" else 0.0
-    loud = np.asarray(space.nuisance * space.nuisance_stddev[None], np.float64)
-    steps = np.concatenate([loud, half * np.asarray(space.carrier, np.float64)], axis=1)
+    # strength c(phi) = strength / 2 (2 phi - 1), shifted by half of it under the binary code.
+    shift = 0.5 * strength * jnp.sum(space.carrier, axis=1) if code == "binary" else 0.0
+    steps = np.asarray(fingerprint.steps(space, strength=strength), np.float64)
     squares, axes = np.linalg.eigh(steps.T @ np.asarray(metric, np.float64) @ steps)
     squares, axes = np.maximum(squares[::-1], 0.0)[:free], axes[:, ::-1][:, :free]
-    nuisance, bits = np.split(axes, [loud.shape[1]])
+    nuisance, bits = np.split(axes, [space.nuisance.shape[1]])
     arrays = (steps @ axes, nuisance, bits, squares)
     return Frame(space.mean + shift, *(jnp.asarray(array, jnp.float32) for array in arrays))
 

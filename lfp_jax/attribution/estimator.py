@@ -171,7 +171,7 @@ def initial(key, generator, space, *, metric, arch, strength, code, nuisance=Non
         "log_variance": jnp.zeros((arch.rounds, nuisance)),
     }
     design = Design(generator.name, generator.sha256, bits, nuisance, float(strength), code)
-    steps = _steps(design, space)
+    steps = fingerprint.steps(space, strength=design.strength, count=design.nuisance)
     squares = jnp.einsum("dq,de,eq->q", steps, metric, steps, precision="highest")
     sensitivity = jnp.sqrt(jnp.maximum(squares, 0.0) / images.size)
     return Estimator(params, _probe(space), sensitivity, arch, design)
@@ -223,16 +223,12 @@ def _compare(estimator, generator, space, w, images):
     to go is for the network to say.
     """
     references, pull = jax.vjp(partial(_make, generator), w)
-    steps = _steps(estimator.design, space) / jnp.maximum(estimator.sensitivity, _LEAST)[None]
+    design = estimator.design
+    steps = fingerprint.steps(space, strength=design.strength, count=design.nuisance)
+    steps = steps / jnp.maximum(estimator.sensitivity, _LEAST)[None]
     slopes = jnp.einsum("nd,dq->nq", pull(images - references)[0], steps, precision="highest")
     square = jnp.mean(jnp.square(slopes), axis=1, keepdims=True)
     return references, slopes * jax.lax.rsqrt(square + _LEAST)
-
-
-def _steps(design, space):
-    """Latent steps [d, nuisance + k]: a standard deviation of each nuisance, half a bit's swing."""
-    loud = (space.nuisance * space.nuisance_stddev[None])[:, : design.nuisance]
-    return jnp.concatenate([loud, 0.5 * design.strength * space.carrier], axis=1)
 
 
 def place(estimator, space, guess):

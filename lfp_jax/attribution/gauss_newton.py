@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-CHUNK = 64  # tangents pushed through a function at once
+_CHUNK = 64  # tangents pushed through a function at once
 QUANTUM = (2.0 / 255.0) ** 2 / 12.0  # variance of rounding to 8 bits on the [-1, 1] scale
 _SHIFT = 3e-6  # of the trace: above what float32 loses in a product of many rows
 
@@ -31,8 +31,8 @@ def evaluations(count):
 
 
 def _chunk(count):
-    """Give the size of chunks of about the same size, CHUNK at most."""
-    return -(-count // -(-count // CHUNK))
+    """Give the size of chunks of about the same size, _CHUNK at most."""
+    return -(-count // -(-count // _CHUNK))
 
 
 def gram(rows):

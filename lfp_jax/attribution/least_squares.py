@@ -293,18 +293,19 @@ def _unattacked(generator, frame, bank, unknowns, index, image, near, count):
 
 def _likely(generator, frame, bank, unknowns, index, image, near, count):
     """Do the same where crop, blur, a JPEG may have happened to it: most likely ones first."""
-    found, seen = [], channel.see(image)
-    for keep in channel.KEPT:
-        guessed = unknowns(guesses(bank, image, count=_EACH, keep=keep))
-        guessed = np.concatenate([near, guessed])
-        made = _decode(generator, coordinates.place(frame, guessed))
-        found += zip(*channel.likely(image, made, keep), guessed, strict=True)
+    guessed = [unknowns(guesses(bank, image, count=_EACH, keep=keep)) for keep in channel.KEPT]
+    theta = np.concatenate([near, *guessed])
+    made = _decode(generator, coordinates.place(frame, theta))
+    found, seen, first = [], channel.see(image), len(near)
+    for i, keep in enumerate(channel.KEPT):
+        rows = np.r_[:first, first + i * _EACH : first + (i + 1) * _EACH]
+        found += zip(*channel.likely(image, made[rows], keep), theta[rows], strict=True)
     found.sort(key=lambda each: float(each[1]))
-    noise, spent = channel.noise_level(seen), len(channel.KEPT) * _EACH + len(near)
+    noise = channel.noise_level(seen)
     return [
-        _Descent(index, seen.replace(centre=centre), noise, np.pad(theta, (len(centre), 0)))
-        for centre, _, theta in jax.device_get(found[:count])
-    ], spent
+        _Descent(index, seen.replace(centre=centre), noise, np.pad(start, (len(centre), 0)))
+        for centre, _, start in jax.device_get(found[:count])
+    ], len(theta)
 
 
 def _run(count, begin, step, news, line, *, batch):
