@@ -31,7 +31,7 @@ from bench import race
 from bench import torch_stylegan2 as plain
 from bench.torch_inversion import Descent
 from configs.stylegan2 import get_config
-from lfp_jax import basis, experiment, images
+from lfp_jax import basis, design, experiment, images
 from lfp_jax.metrics import perceptual
 from lfp_jax.weights import store
 
@@ -49,7 +49,7 @@ class Rival:
 
     def __init__(self, config, workdir):
         """Read generator, basis and images of a finished experiment."""
-        self.generator = experiment._load_generator(config.generator)
+        self.generator = design.load_generator(config.generator)
         fitted = basis.Basis(**store.load(str(workdir / "basis"))[0]["basis"])
         space = basis.split(fitted, bits=config.bits, shift=config.shift)
         names = ("mean", "carrier", "nuisance", "nuisance_stddev")

@@ -10,14 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lfp_jax import attacks, basis, fingerprint, generators, images, keys, logs
-from lfp_jax.attribution import bank, inversion, least_squares, verdict
-from lfp_jax.attribution import estimator as learner
-from lfp_jax.errors import UserError, choose
-from lfp_jax.generators import stylegan2, zoo
+from lfp_jax import attacks, basis, design, fingerprint, generators, images, keys, logs
+from lfp_jax.attribution import inversion, verdict
+from lfp_jax.errors import UserError
+from lfp_jax.generators import stylegan2
 from lfp_jax.metrics import accuracy, distances, features, perceptual
 from lfp_jax.report import plots
-from lfp_jax.weights import store
 
 _BATCH = 64
 _COLUMNS = 8
@@ -45,22 +43,21 @@ def run(config, workdir):
         UserError: a setting out of bounds, or weights that cannot be read.
     """
     workdir = Path(workdir)
-    _check(config)
+    design.check(config)
     key = jax.random.key(config.seed)
     fold = [jax.random.fold_in(key, i) for i in _FOLDS]
 
     # --- generator and basis -----------------------------------------------------------------
-    generator = _load_generator(config.generator)
+    generator = design.load_generator(config.generator)
     print(generators.describe(generator), flush=True)
-    directions, metric = _basis(fold[_BASIS], generator, config, workdir)
-    space = basis.split(directions, bits=config.bits, shift=config.shift)
+    point = design.prepare(fold[_BASIS], config, workdir, generator=generator)
+    space, mark = point.space, point.mark
 
     # --- users, keys, images through 8 bits ----------------------------------------------------
     # An experiment must be repeatable, so its keys come from the seed; real ones do not.
     users = _draw_bits(fold[_KEYS], config.users, config.bits)
     owner = np.arange(config.images) % config.users
     truth = users[owner]
-    mark = {"strength": config.strength, "code": config.code}
     latents = basis.sample(fold[_IMAGES], generator, config.images)
     marked = fingerprint.inject(space, latents, truth, **mark)
     makers = _makers(fold[_NOISE], generator, config)
@@ -77,9 +74,9 @@ def run(config, workdir):
         images.write_pngs(workdir / "attacked", images.to_uint8(seen))
 
     # --- estimate ------------------------------------------------------------------------------
-    estimator, setup_seconds = _estimator(config, fold[_BANK], generator, space, metric)
+    estimator, setup_seconds = design.estimator(fold[_BANK], point, config)
     start = time.monotonic()
-    solution = _estimate(estimator, fold[_ESTIMATE], makers, generator, space, seen, mark, config)
+    solution = _estimate(estimator, fold[_ESTIMATE], makers, point, seen, config)
     seconds = time.monotonic() - start
 
     # --- measure -------------------------------------------------------------------------------
@@ -98,7 +95,7 @@ def run(config, workdir):
         "seconds_per_image": {"value": seconds / n, "images": n, "setup_seconds": setup_seconds},
     }
     if config.fd_images:
-        metrics |= _frechet(fold, generator, space, config)
+        metrics |= _frechet(fold, point, config)
     bins = accuracy.reliability(solution.soft_bits, truth)
     metrics["reliability"] = [dataclasses.asdict(each) for each in bins]
     metrics |= {
@@ -109,7 +106,7 @@ def run(config, workdir):
 
     # --- show ----------------------------------------------------------------------------------
     logs.write_json(workdir / "metrics.json", metrics)
-    rebuilt = _decode(generator, jnp.asarray(solution.latents))
+    rebuilt = design.decode(generator, jnp.asarray(solution.latents))
     sheet = _sheet(plain, made, *([seen] if attack.steps else []), rebuilt)
     images.write_png(workdir / "grid.png", images.enlarge(sheet, max(1, 96 // made.shape[1])))
     plots.reliability(workdir / "reliability.png", metrics["reliability"])
@@ -131,103 +128,6 @@ def table(metrics):
     return "\n".join(lines)
 
 
-def _check(config):
-    if config.images < 1 or config.users < 1:
-        raise UserError(f"users and images must be >= 1; got {config.users}, {config.images}.")
-    if config.decoys < 1:
-        raise UserError(f"decoys must be >= 1; got {config.decoys}.")
-    if not config.strength > 0:
-        raise UserError(f"strength must be > 0; got {config.strength}.")
-    choose(config.noise, dict.fromkeys(("constant", "known", "unknown")), "noise")
-    choose(config.basis, basis.DIRECTIONS, "basis")
-    choose(config.code, fingerprint.CODES, "code")
-    choose(config.estimator, dict.fromkeys(("hybrid", "lm", "learned", "adam")), "estimator")
-    attacks.find(config.attack)
-    choose(config.loss, dict.fromkeys(perceptual.NAMES), "loss")
-
-
-def _load_generator(source):
-    if source != "stylegan2-tiny":
-        return generators.load(source)
-    arch = stylegan2.Architecture(
-        resolution=32, channels=(16, 16, 8, 8), z_dim=32, w_dim=32,
-        mapping_layers=2, mapping_width=32,
-    )  # fmt: skip
-    return stylegan2.random_generator(jax.random.key(0), arch, name=source)
-
-
-def _basis(key, generator, config, workdir):
-    """Fit the basis and the mean metric, or take those in the workdir if the same made them."""
-    path = str(workdir / "basis")
-    wanted = {"kind": "basis", "generator": generator.name, "sha256": generator.sha256}
-    wanted |= {"directions": config.basis, "samples": config.basis_samples, "seed": config.seed}
-    if store.is_store(path):
-        tree, metadata = store.load(path)
-        if metadata == wanted:
-            return basis.Basis(**tree["basis"]), tree["metric"]
-    fitted, metric = basis.measure_generator(
-        key, generator, samples=config.basis_samples, directions=config.basis
-    )
-    arrays = {name: each for name, each in vars(fitted).items() if each is not None}
-    store.save(path, {"basis": arrays, "metric": metric}, wanted)
-    return fitted, metric
-
-
-@jax.jit
-def _decode_batch(generator, latents):
-    return generator.decode(latents)
-
-
-def _decode(generator, latents):
-    """Decode latents [n, ...] in batches of one shape; float32 [n, H, W, C] on the host."""
-    parts = []
-    for start in range(0, len(latents), _BATCH):
-        rows = np.minimum(np.arange(start, start + _BATCH), len(latents) - 1)
-        parts.append(np.asarray(_decode_batch(generator, latents[rows])))
-    return np.concatenate(parts)[: len(latents)]
-
-
-def _estimator(config, key, generator, space, metric):
-    """Bind the configured estimator to its options; also the seconds its set-up took."""
-    if config.estimator == "adam":
-        options = config.adam.to_dict() | {"loss": _loss(config.loss)}
-        return partial(inversion.adam, **options), 0.0
-    start, network = time.monotonic(), None
-    if config.estimator in ("learned", "hybrid"):
-        network = _network(config, generator, space)
-    if config.estimator == "learned":
-        return partial(learner.learned, estimator=network), time.monotonic() - start
-    options = config.lm.to_dict()
-    options["bank"] = bank.make_bank(key, generator, size=options["bank"], metric=metric)
-    if config.estimator == "lm":
-        return partial(least_squares.lm, **options), time.monotonic() - start
-    estimator = partial(least_squares.hybrid, estimator=network, **options)
-    return estimator, time.monotonic() - start
-
-
-def _network(config, generator, space):
-    """Load the network at the path given, or that which ships with the generator.
-
-    None where none was trained for this design point, and `hybrid` can do without.
-    """
-    mark = {"strength": config.strength, "code": config.code}
-    path, given = config.network, config.network is not None
-    if not given:
-        trained = "none" if config.lm.attack == "none" else "attacks"
-        path = zoo.estimator(generator.name, trained)
-    if path is None:
-        problem = f"No trained network ships for '{generator.name}'."
-    else:
-        try:
-            return learner.load(path, generator, space, **mark)
-        except UserError as error:
-            problem = str(error)
-    if given or config.estimator == "learned":
-        raise UserError(problem)
-    print(f"hybrid: starts from the bank alone. {problem}")
-    return None
-
-
 def _makers(key, generator, config):
     """Give the generator of each image, apart in their synthesis noise; None: all have one."""
     if config.noise == "constant":
@@ -241,13 +141,13 @@ def _makers(key, generator, config):
 
 def _make(makers, generator, latents):
     if makers is None:
-        return _decode(generator, latents)
-    rows = zip(makers, latents, strict=True)
-    return np.concatenate([np.asarray(_decode_batch(maker, w[None])) for maker, w in rows])
+        return design.decode(generator, latents)
+    return np.stack([design.decode_one(*each) for each in zip(makers, latents, strict=True)])
 
 
-def _estimate(estimator, key, makers, generator, space, seen, mark, config):
+def _estimate(estimator, key, makers, point, seen, config):
     """Estimate: of images whose noise is known each with its own, else without noise."""
+    generator, space, mark = point.generator, point.space, point.mark
     if config.noise == "known":
         rows = zip(makers, seen, strict=True)
         found = [inversion.host(estimator(key, maker, space, x[None], **mark)) for maker, x in rows]
@@ -258,32 +158,25 @@ def _estimate(estimator, key, makers, generator, space, seen, mark, config):
     return inversion.host(estimator(key, generator, space, seen, **mark))
 
 
-def _loss(name):
-    if name != "classifier":
-        return perceptual.loss(name)
-    classifier = features.load_classifier()
-    return perceptual.loss(name, network=features.features, params=classifier)
-
-
-def _frechet(fold, generator, space, config):
+def _frechet(fold, point, config):
     """Fréchet distances of fresh plain and fingerprinted images to the reference pictures.
 
     The demo's reference is the held-out pictures; another generator's is a second set of its own
     plain images, so that `fd_plain` is then the floor of the distance.
     """
     n, classifier = config.fd_images, features.load_classifier()
+    generator = point.generator
     demo = generator.name == "stylegan2-demo"
     latents = basis.sample(fold[_QUALITY], generator, n)
     bits = _draw_bits(fold[_QUALITY_KEYS], n, config.bits)
-    mark = {"strength": config.strength, "code": config.code}
-    groups = [latents, fingerprint.inject(space, latents, bits, **mark)]
+    groups = [latents, fingerprint.inject(point.space, latents, bits, **point.mark)]
     groups += [] if demo else [basis.sample(fold[_QUALITY], generator, n, start=n)]
     rows = []
     with logs.Progress(len(groups) * n, label="distance") as progress:
         for group in groups:
             parts = []
             for start in range(0, n, _BATCH):
-                made = images.to_uint8(_decode(generator, group[start : start + _BATCH]))
+                made = images.to_uint8(design.decode(generator, group[start : start + _BATCH]))
                 parts.append(features.features_in_batches(classifier, _fit(made), batch=_BATCH))
                 progress.update(start + len(rows) * n)
             rows.append(np.concatenate(parts))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs.stylegan2 import get_config
-from lfp_jax import experiment, images, keys, main
+from lfp_jax import design, experiment, images, keys, main
 from lfp_jax.attribution import inversion
 from lfp_jax.generators import stylegan2
 
@@ -104,6 +104,7 @@ def test_random_synthesis_noise_is_each_images_own_and_left_out_where_unknown():
     config = get_config()
     config.images = 3
     assert experiment._makers(jax.random.key(1), generator, config) is None
+    point = design.Design(generator, np.eye(4), None, {})
     seen, latents = [], np.zeros((3, 4), np.float32)
 
     def estimator(key, maker, space, images, **mark):
@@ -115,7 +116,7 @@ def test_random_synthesis_noise_is_each_images_own_and_left_out_where_unknown():
         makers = experiment._makers(jax.random.key(1), generator, config)
         made = experiment._make(makers, generator, latents)
         assert np.std(made[0] - made[1]) > 0.01
-        found = experiment._estimate(estimator, None, makers, generator, None, made, {}, config)
+        found = experiment._estimate(estimator, None, makers, point, made, config)
         assert found.soft_bits.shape == (3, 2)
     *known, unknown = seen
     for i, (maker, one) in enumerate(known):
