@@ -152,3 +152,16 @@ def test_the_weights_of_another_image_are_one(made):
     np.testing.assert_allclose(channel.variance(difference, scale), expected, rtol=1e-5)
     row = channel.differentiate(view, jnp.asarray(made[1]))
     np.testing.assert_array_equal(row, made[1].reshape(-1))
+
+
+def test_a_wrong_latent_leaves_structure_in_a_jpeg_and_noise_does_not(made):
+    view = channel.see(attacked(made[:1], "jpeg", quality=50)[0])
+
+    def structure(guess):
+        difference, live = channel.compare(view, guess)
+        scale = channel.scale(view, difference, live)
+        return float(channel.structure(view, scale.weights * difference, scale))
+
+    noisy = attacked(made[:1], "noise", std=0.1)[0]
+    assert structure(noisy) < 1.3
+    assert structure(made[1]) > 1.8

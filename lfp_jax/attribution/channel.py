@@ -131,6 +131,21 @@ def variance(scaled, scale):
     return jnp.maximum(mean_square(scaled, scale), scale.least)
 
 
+def structure(view, difference, scale):
+    """Tell how unlike noise weighted differences [p] of a JPEG are: [].
+
+    That is the mean square of the lowest coefficients in play in units of that of all. A descent
+    fits what is coarse best, so that noise leaves less than 1, and one that went astray more. Of
+    any other view infinity: there `noise_level` tells.
+    """
+    if view.coded is None:
+        return jnp.float32(jnp.inf)
+    row, column = jnp.divmod(jnp.arange(64), 8)
+    low = jnp.tile(row + column < 2, len(difference) // 64) & (difference != 0.0)
+    square = jnp.sum(jnp.square(difference) * low) / jnp.maximum(jnp.sum(low), 1)
+    return square / mean_square(difference, scale)
+
+
 def see(image):
     """Make the view of an image [H, W, C] whose way is not known: JPEG is told by its pixels.
 

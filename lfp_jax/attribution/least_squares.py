@@ -39,6 +39,7 @@ _SHORT = (0.5, 0.25, 0.1)  # step lengths tried where full steps fail
 _SLOW = 0.98  # a chord step that leaves more of the residual than this is the last one
 _DOUBT = 0.05  # wrong bits expected below which an image is settled
 _EXPLAINED = 1.15  # times the noise, which is told to a tenth: a residual below that is noise
+_NOISY = 1.0  # what is left and has less structure than this is noise too, of whatever strength
 _LOST = 8.0  # a residual above so many times that of the directions left out: no way from there
 _ATTACKS = dict.fromkeys(("none", "unknown"))
 _EACH = 2  # guesses for each share that a crop may have kept
@@ -114,7 +115,7 @@ def _chord(generator, frame, views, scales, theta, differences, jacobians, dampe
 def _settle(generator, frame, views, scales, begin, end, jacobians, damped, variances, factors):
     """Keep what a row of chord steps reached, or go a short way.
 
-    Returns theta, relaxed bits [n, k], their covariances, and residuals.
+    Returns theta, relaxed bits [n, k], their covariances, residuals and their structure.
     """
 
     def one(view, scale, begin, end, jacobian, damped, variance, factor):
@@ -128,7 +129,8 @@ def _settle(generator, frame, views, scales, begin, end, jacobians, damped, vari
         rows = jnp.pad(frame.bits, ((0, 0), (len(view.centre), 0)))
         bits = jnp.einsum("kq,q->k", rows, theta, precision="highest")
         rms = jnp.sqrt(channel.mean_square(difference, scale))
-        return theta, bits, gauss_newton.marginal(rows, factor), rms
+        coarse = channel.structure(view, difference, scale)
+        return theta, bits, gauss_newton.marginal(rows, factor), rms, coarse
 
     return jax.vmap(one)(views, scales, begin, end, jacobians, damped, variances, factors)
 
@@ -172,6 +174,7 @@ class _Descent:
     stage: int = 0  # of the plan, the next
     before: float = np.inf  # residual a stage ago
     rms: float = np.inf
+    structure: float = np.inf  # of what is left, beside that of noise
     forced: bool = False  # goes on though it seems lost
 
 
@@ -218,9 +221,10 @@ def lm(
 ):
     """Estimate keys by Levenberg-Marquardt from what a bank guesses.
 
-    An image is settled when its residual is down to 8-bit rounding, or when its bits are sure. Only
-    the others go on, first with more Jacobians and then from their next start, so `starts` and
-    `jacobians` are bounds and not the cost. Of all starts the one with the least residual counts.
+    An image is settled when its residual is down to 8-bit rounding, or to noise, which has no
+    structure, or when its bits are sure. Only the others go on, first with more Jacobians and then
+    from their next start, so `starts` and `jacobians` are bounds and not the cost. Of all starts
+    the one with the least residual counts.
 
     Args:
         key: unused; every estimator takes one.
@@ -340,9 +344,12 @@ def _advance(mesh, generator, frame, descents, *, plan, batch, chords):
     views, theta = sharding.shard(mesh, stacked) if mesh.size > 1 else stacked
     rank = min(plan[descents[0].stage], len(descents[0].theta))
     *found, costs = _outer_step(generator, frame, views, theta, rank=rank, chords=chords)
-    for descent, theta, *bits, rms in zip(descents, *jax.device_get(found), strict=False):
+    for descent, theta, *bits, rms, structure in zip(
+        descents, *jax.device_get(found), strict=False
+    ):
         descent.theta, descent.soft = theta, decoding.soft_bits(descent.image, *bits)
         descent.before, descent.rms = descent.rms, float(rms)
+        descent.structure = float(structure)
         descent.stage += 1
     return costs[: len(descents)]
 
@@ -355,7 +362,8 @@ def _news(frame, plan, coarse, size, descent):
     return {
         "settled": doubt < _DOUBT
         or rms <= _FLOOR
-        or (descent.stage >= coarse and rms <= _EXPLAINED * descent.noise),
+        or (descent.stage >= coarse and rms <= _EXPLAINED * descent.noise)
+        or (descent.stage > coarse and descent.structure < _NOISY),
         "ended": descent.stage == len(plan) or (rank >= len(descent.theta) and stalled),
         "lost": not descent.forced
         and descent.stage < coarse
