@@ -44,6 +44,15 @@ def is_store(path):
     return os.path.isfile(os.path.join(path, _METADATA))
 
 
+def metadata(path):
+    """Read the metadata alone of a folder that `save` made; {} where it cannot be read."""
+    try:
+        with open(os.path.join(path, _METADATA), encoding="utf-8") as file:
+            return dict(json.load(file))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def load(path):
     """Read a folder that `save` made.
 
