@@ -100,11 +100,31 @@ def basis_path(workdir):
     return str(Path(workdir).absolute() / "basis")
 
 
+def stored_basis(config, workdir):
+    """Read the basis in a work folder, without the generator that it belongs to.
+
+    Returns:
+        The SHA-256 of that generator, and the Space; None where there is no basis of this config's
+        settings.
+    """
+    if not store.is_store(basis_path(workdir)):
+        return None
+    tree, metadata = store.load(basis_path(workdir))
+    if any(metadata.get(name) != value for name, value in _settings(config).items()):
+        return None
+    space = basis.split(basis.Basis(**tree["basis"]), bits=config.bits, shift=config.shift)
+    return metadata["sha256"], space
+
+
+def _settings(config):
+    return {"directions": config.basis, "samples": config.basis_samples, "seed": config.seed}
+
+
 def _basis(key, generator, config, workdir, refit):
     """Fit the basis and the mean metric, or take those in the workdir if the same made them."""
     path = basis_path(workdir)
     wanted = {"kind": "basis", "generator": generator.name, "sha256": generator.sha256}
-    wanted |= {"directions": config.basis, "samples": config.basis_samples, "seed": config.seed}
+    wanted |= _settings(config)
     if store.is_store(path):
         tree, metadata = store.load(path)
         if metadata == wanted:

@@ -15,7 +15,6 @@ import numpy as np
 from lfp_jax import design
 from lfp_jax.errors import UserError
 from lfp_jax.registry import DesignPoint
-from lfp_jax.weights import store
 
 _BASIS = 0  # fold of the seed, as in an experiment, whose basis is found again
 _NOISES = ("constant", "unknown")  # a file does not say which noise it was made with
@@ -61,14 +60,17 @@ def describe(point, config, workdir):
 
 
 def find(ledger, config, workdir):
-    """Find the number of a design point by its settings, with nothing loaded; None: not there."""
-    made = store.metadata(design.basis_path(workdir))
-    settings = {"directions": config.basis, "samples": config.basis_samples, "seed": config.seed}
-    if any(made.get(name) != value for name, value in settings.items()):
+    """Find the number of a design point by the basis in the workdir, without the generator.
+
+    None where it is not there, or only under another name of the generator.
+    """
+    made = design.stored_basis(config, workdir)
+    if made is None:
         return None
+    sha256, space = made
     names = ("generator", "bits", "shift", "strength", "code")
     wanted = {name: getattr(config, name) for name in names}
-    wanted |= {"generator_sha256": made["sha256"], "location": design.basis_path(workdir)}
+    wanted |= {"generator_sha256": sha256, "basis_sha256": digest(space)}
     for number, known in ledger.designs().items():
         if all(getattr(known, name) == value for name, value in wanted.items()):
             return number

@@ -36,7 +36,7 @@ Flags:
   --format    attribute: json, a JSON line a file (default); or table
   --source    convert: the file to read
   --target    convert: the folder to write; generate: that of the images
-              (default: WORKDIR/images/NAME)
+              (default: WORKDIR/users/NAME)
   --distributed  train: one of several processes, which the cluster (TPU pod, Slurm) tells apart,
               or --coordinator=HOST:PORT --processes=N --process=I
 
@@ -89,6 +89,8 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         remedy = "Free some space." if error.errno == errno.ENOSPC else "Check it and its rights."
         where = f"'{error.filename}': " if error.filename else ""
+        if not where:  # it was the output itself, and what is left of it cannot be written either
+            logs.discard(sys.stdout)
         print(f"lfp_jax: error: {where}{error.strerror}. {remedy}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

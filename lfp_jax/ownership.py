@@ -93,7 +93,7 @@ def issue(
 def has_key(
     config: Any, workdir: str | Path, user: str, *, registry: str | Path | None = None
 ) -> bool:
-    """Tell whether a user has a key of this design point, with nothing loaded."""
+    """Tell whether a user has a key of this design point, without loading the generator."""
     place = enrolment.place(workdir, registry)
     if not place.exists():
         return False
@@ -124,7 +124,7 @@ def generate(
         config, workdir, registry: as of `issue`.
         user: a name.
         n: how many images.
-        target: folder of the files, named by issue and number. None: images/USER in the workdir.
+        target: folder of the files, named by issue and number. None: users/USER in the workdir.
         progress: show a progress line.
 
     Returns:
@@ -143,7 +143,7 @@ def generate(
         issued = ledger.issue(
             user, design=number, images=n, noise=config.noise, settings=settings
         )  # fmt: skip
-    folder = Path(target or Path(workdir) / "images" / _folder_name(user))
+    folder = Path(target or Path(workdir) / "users" / _folder_name(user))
     draw = jax.random.wrap_key_data(jax.numpy.asarray(seed))
     latents = basis.sample(draw, point.generator, n, start=issued.start)
     marked = fingerprint.inject(point.space, latents, key.bits, **point.mark)
@@ -365,5 +365,5 @@ def _quiet(generator):
 
 
 def _folder_name(user):
-    """Give a folder's name that no other user has, on any file system."""
+    """Give a name that every file system takes for a folder, another one for each user."""
     return quote(user, safe=" ").replace(".", "%2E")[:250]

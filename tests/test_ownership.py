@@ -22,6 +22,7 @@ from configs.stylegan2 import get_config
 from lfp_jax import design, fingerprint, generators, images, keys, main, ownership, sensitivity
 from lfp_jax.attribution import inversion
 from lfp_jax.errors import UserError
+from lfp_jax.generators import stylegan2
 from lfp_jax.registry import Registry
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -419,6 +420,23 @@ def test_export_gives_a_new_user_a_key_and_refuses_other_generators(workdir, poi
     with pytest.raises(UserError, match="Only a StyleGAN2"):
         other = type("Other", (), {"name": "ldm"})()
         fingerprint.fold(point.space, other, np.zeros(24), **point.mark)
+
+
+def test_a_rosinality_file_keeps_every_weight(tmp_path):
+    arch = stylegan2.Architecture(
+        resolution=8, channels=(6, 4), z_dim=5, w_dim=7, mapping_layers=2, mapping_width=9,
+        mapping_lr=0.02, fir=(1, 2, 1),
+    )  # fmt: skip
+    generator = stylegan2.random_generator(jax.random.key(1), arch, noise_strength=0.3)
+    generators.save_rosinality(tmp_path / "g.pt", generator)
+    again = generators.load(tmp_path / "g.pt")
+    assert again.arch.fir == arch.fir
+    z = jax.random.normal(jax.random.key(2), (3, 5))
+    w = generator.map(z)
+    np.testing.assert_allclose(again.map(z), w, atol=1e-6)
+    np.testing.assert_allclose(again.decode(w), generator.decode(w), atol=1e-5)
+    for left, right in zip(again.noise, generator.noise, strict=True):
+        np.testing.assert_array_equal(left, right)
 
 
 def test_the_doctor_tells_of_each_step(tmp_path, workdir, capsys):
