@@ -96,7 +96,7 @@ def row(answer):
 def _doctor(config, workdir, **_):
     """Make an image, save it, attribute it and one without a key, and tell of each step."""
     place, user = workdir / "doctor", "doctor"
-    registry = place / design.REGISTRY
+    registry = workdir / "doctor.sqlite"  # its key is not one of the users'
     devices = ", ".join(sorted({device.device_kind for device in jax.devices()}))
     _say("machine", f"{os.cpu_count()} cores; JAX on {jax.device_count()} x {devices}")
     _say("versions", ", ".join(f"{name} {each}" for name, each in ownership.versions().items()))

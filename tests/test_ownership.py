@@ -5,6 +5,7 @@ so that they try everything else; one takes the real thing.
 """
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -22,7 +23,6 @@ from configs.stylegan2 import get_config
 from lfp_jax import design, fingerprint, generators, images, keys, main, ownership, sensitivity
 from lfp_jax.attribution import inversion
 from lfp_jax.errors import UserError
-from lfp_jax.generators import stylegan2
 from lfp_jax.registry import Registry
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -274,7 +274,7 @@ def test_an_issue_says_how_to_make_its_pictures_again(workdir, made, point):
     latents = point.generator.sample(seed, issued.images, start=issued.start)
     marked = fingerprint.inject(point.space, latents, key.bits, **point.mark)
     u8 = images.to_uint8(design.decode(point.generator, marked))
-    np.testing.assert_array_equal(u8[1], images.read(made["bob"][1]))
+    np.testing.assert_allclose(u8[1].astype(int), images.read(made["bob"][1]), atol=1)
     assert issued.noise == "constant"
 
 
@@ -422,19 +422,15 @@ def test_export_gives_a_new_user_a_key_and_refuses_other_generators(workdir, poi
         fingerprint.fold(point.space, other, np.zeros(24), **point.mark)
 
 
-def test_a_rosinality_file_keeps_every_weight(tmp_path):
-    arch = stylegan2.Architecture(
-        resolution=8, channels=(6, 4), z_dim=5, w_dim=7, mapping_layers=2, mapping_width=9,
-        mapping_lr=0.02, fir=(1, 2, 1),
-    )  # fmt: skip
-    generator = stylegan2.random_generator(jax.random.key(1), arch, noise_strength=0.3)
+def test_a_rosinality_file_keeps_every_weight(point, tmp_path):
+    arch = dataclasses.replace(point.generator.arch, mapping_lr=0.02, fir=(1, 2, 1))
+    generator = point.generator.replace(arch=arch)
     generators.save_rosinality(tmp_path / "g.pt", generator)
     again = generators.load(tmp_path / "g.pt")
-    assert again.arch.fir == arch.fir
-    z = jax.random.normal(jax.random.key(2), (3, 5))
-    w = generator.map(z)
-    np.testing.assert_allclose(again.map(z), w, atol=1e-6)
-    np.testing.assert_allclose(again.decode(w), generator.decode(w), atol=1e-5)
+    assert again.arch == dataclasses.replace(arch, mapping_lr=0.01)
+    jax.tree.map(np.testing.assert_array_equal, again.synthesis, generator.synthesis)
+    close = partial(np.testing.assert_allclose, rtol=1e-6)
+    jax.tree.map(close, again.mapping, jax.tree.map(lambda x: 2.0 * x, generator.mapping))
     for left, right in zip(again.noise, generator.noise, strict=True):
         np.testing.assert_array_equal(left, right)
 

@@ -205,7 +205,6 @@ def _check_file(path, create):
     if not create:
         raise UserError(f"There is no registry '{path}'.")
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # SQLite's side files take the mode
     except OSError as error:
         raise UserError(f"The registry '{path}' cannot be made: {error.strerror}.") from None
