@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import quote
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import lfp_jax
@@ -139,20 +140,17 @@ def generate(
     with Registry(enrolment.place(workdir, registry)) as ledger:
         number, point, key = enrolment.open_for(user, ledger, config, workdir)
         seed = np.frombuffer(secrets.token_bytes(8), np.uint32)
-        settings = {"seed": seed.tolist(), "shape": list(point.generator.image_shape)}
-        issued = ledger.issue(
-            user, design=number, images=n, noise=config.noise, settings=settings
-        )  # fmt: skip
+        form = {"noise": config.noise, "settings": {"seed": seed.tolist(), **versions()}}
+        issued = ledger.issue(user, design=number, images=n, **form)
     folder = Path(target or Path(workdir) / "users" / _folder_name(user))
-    draw = jax.random.wrap_key_data(jax.numpy.asarray(seed))
-    latents = basis.sample(draw, point.generator, n, start=issued.start)
-    marked = fingerprint.inject(point.space, latents, key.bits, **point.mark)
-    paths = []
+    draw, paths = jax.random.wrap_key_data(jnp.asarray(seed)), []
     with Progress(n, label="generate") if progress else inversion.Silent() as line:
-        for i in range(0, n, _BATCH):
-            made = _decode(draw, point.generator, marked[i : i + _BATCH], config.noise, i)
-            name = {"prefix": f"{issued.id:04d}-", "start": issued.start + i}
-            paths += images.write_pngs(folder, images.to_uint8(made), **name)
+        for i in range(issued.start, issued.start + n, _BATCH):
+            count = min(_BATCH, issued.start + n - i)
+            latents = basis.sample(draw, point.generator, count, start=i)
+            marked = fingerprint.inject(point.space, latents, key.bits, **point.mark)
+            u8 = images.to_uint8(_decode(draw, point.generator, marked, config.noise, i))
+            paths += images.write_pngs(folder, u8, prefix=f"{issued.id:04d}-", start=i)
             line.update(len(paths))
     return paths
 
@@ -237,10 +235,8 @@ def export(
         number, point, key = enrolment.open_for(user, ledger, config, workdir)
         folded = fingerprint.fold(point.space, point.generator, key.bits, **point.mark)
         folded = folded.replace(sha256=enrolment.digest(folded))
-        ledger.issue(
-            user, design=number, images=0, kind="generator", noise=config.noise,
-            settings={"sha256": folded.sha256},
-        )  # fmt: skip
+        form = {"noise": config.noise, "settings": {"sha256": folded.sha256}}
+        ledger.issue(user, design=number, images=0, kind="generator", **form)
     written = {"store": str(Path(target) / "generator")}
     licence = f"as that of '{config.generator}'"
     generators.save(written["store"], folded, source_format="lfp_jax", licence=licence)
@@ -260,16 +256,15 @@ class _Court:
         form = {"bits": config.bits, "code": config.code}
         keys.check_capacity(users=len(packed.ids), rate=rate, **form)
         self._ledger, self._number, self._ids = ledger, number, packed.ids
-        self._users = verdict.index(packed.packed, bits=config.bits)
-        options = {"rate": rate, "code": config.code, "decoys": verdict.draw_decoys(**form)}
-        self._judge = partial(verdict.judge, users=self._users, **options)
+        users, decoys = verdict.index(packed.packed, bits=config.bits), verdict.draw_decoys(**form)
+        options = {"rate": rate, "code": config.code, "decoys": decoys}
+        self._judge = partial(verdict.judge, users=users, **options)
         key = jax.random.key(config.seed)
         bound, _ = design.estimator(jax.random.fold_in(key, _BANK), point, config)
         options = {"space": point.space, **point.mark, "progress": False}
         generator = _quiet(point.generator) if config.noise == "unknown" else point.generator
-        self._estimate = partial(
-            bound, jax.random.fold_in(key, _ESTIMATE), generator, **options
-        )  # fmt: skip
+        key = jax.random.fold_in(key, _ESTIMATE)
+        self._estimate = partial(bound, key, generator, **options)
         self._basis = {
             "estimator": config.estimator,
             "rate": rate,
@@ -287,21 +282,17 @@ class _Court:
         pixels = images.from_uint8(np.stack([case.pixels for case in cases]))
         solution = inversion.host(self._estimate(images=pixels))
         seconds = (time.monotonic() - start) / len(cases)
-        for i, (case, llr) in enumerate(
-            zip(cases, verdict.ratios(solution.soft_bits), strict=True)
-        ):
+        ratios = verdict.ratios(solution.soft_bits)
+        for i, case in enumerate(cases):
             height, width = case.pixels.shape[:2]
-            yield (
-                case,
-                llr,
-                {
-                    "size": list(case.size),
-                    "resized_to": None if case.size == (width, height) else [width, height],
-                    "residual": round(float(solution.residual[i]), 5),
-                    "evaluations": int(solution.evaluations[i]),
-                    "seconds": round(seconds, 2),
-                },
-            )
+            figures = {
+                "size": list(case.size),
+                "resized_to": None if case.size == (width, height) else [width, height],
+                "residual": round(float(solution.residual[i]), 5),
+                "evaluations": int(solution.evaluations[i]),
+                "seconds": round(seconds, 2),
+            }
+            yield case, ratios[i], figures
 
     def say(self, llr, digest, **figures):
         """Judge ratios [k], enter the verdict in the registry, and put it in words and figures."""
@@ -347,13 +338,13 @@ def _read(path, problem, shape):
 
 
 def _decode(key, generator, latents, noise, start):
-    """Decode latents [n, ...] with the stored noise, or each with noise of its own."""
+    """Decode latents start, ... with the stored noise, or each with noise of its own."""
     if noise == "constant":
         return design.decode(generator, latents)
     _quiet(generator)  # an error where there is no noise
-    made = []
-    for i, latent in enumerate(latents):
-        drawn = stylegan2.draw_noise(jax.random.fold_in(key, start + i), generator.arch, 1)
+    made, noise_key = [], jax.random.split(key)[1]
+    for i, latent in enumerate(latents, start=start):
+        drawn = stylegan2.draw_noise(jax.random.fold_in(noise_key, i), generator.arch, 1)
         made.append(design.decode_one(generator.replace(noise=tuple(drawn)), latent))
     return np.stack(made)
 
