@@ -5,6 +5,8 @@ again where the same generator, directions, samples and seed made it.
 """
 
 import dataclasses
+import hashlib
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,8 @@ from lfp_jax.errors import UserError, choose
 from lfp_jax.generators import stylegan2, zoo
 from lfp_jax.metrics import features, perceptual
 from lfp_jax.weights import store
+
+REGISTRY = "registry.sqlite"  # of a work folder, unless another one is given
 
 _BATCH = 64
 _NOISES = dict.fromkeys(("constant", "known", "unknown"))
@@ -65,10 +69,11 @@ def load_generator(source):
         resolution=32, channels=(16, 16, 8, 8), z_dim=32, w_dim=32,
         mapping_layers=2, mapping_width=32,
     )  # fmt: skip
-    return stylegan2.random_generator(jax.random.key(0), arch, name=source)
+    generator = stylegan2.random_generator(jax.random.key(0), arch, name=source)
+    return generator.replace(sha256=hashlib.sha256(source.encode()).hexdigest())
 
 
-def prepare(key, config, workdir, *, generator=None):
+def prepare(key, config, workdir, *, generator=None, refit=True):
     """Make a design point ready.
 
     Args:
@@ -76,31 +81,74 @@ def prepare(key, config, workdir, *, generator=None):
         config: see configs/stylegan2.py.
         workdir: folder of the basis, read or written.
         generator: that of the config, where it is loaded already.
+        refit: make a basis where the workdir holds none that fits; else that is an error.
 
     Returns:
         A Design.
+
+    Raises:
+        UserError: no basis that fits, or one that users' keys rest on would be replaced.
     """
     generator = load_generator(config.generator) if generator is None else generator
-    directions, metric = _basis(key, generator, config, Path(workdir))
+    directions, metric = _basis(key, generator, config, Path(workdir), refit)
     space = basis.split(directions, bits=config.bits, shift=config.shift)
     return Design(generator, metric, space, {"strength": config.strength, "code": config.code})
 
 
-def _basis(key, generator, config, workdir):
+def basis_path(workdir):
+    """Give the folder of the basis in a work folder."""
+    return str(Path(workdir).absolute() / "basis")
+
+
+def stored_basis(config, workdir):
+    """Read the basis in a work folder, without the generator that it belongs to.
+
+    Returns:
+        The SHA-256 of that generator, and the Space; None where there is no basis of this config's
+        settings.
+    """
+    if not store.is_store(basis_path(workdir)):
+        return None
+    tree, metadata = store.load(basis_path(workdir))
+    if any(metadata.get(name) != value for name, value in _settings(config).items()):
+        return None
+    space = basis.split(basis.Basis(**tree["basis"]), bits=config.bits, shift=config.shift)
+    return metadata["sha256"], space
+
+
+def _settings(config):
+    return {"directions": config.basis, "samples": config.basis_samples, "seed": config.seed}
+
+
+def _basis(key, generator, config, workdir, refit):
     """Fit the basis and the mean metric, or take those in the workdir if the same made them."""
-    path = str(workdir / "basis")
+    path = basis_path(workdir)
     wanted = {"kind": "basis", "generator": generator.name, "sha256": generator.sha256}
-    wanted |= {"directions": config.basis, "samples": config.basis_samples, "seed": config.seed}
+    wanted |= _settings(config)
     if store.is_store(path):
         tree, metadata = store.load(path)
         if metadata == wanted:
             return basis.Basis(**tree["basis"]), tree["metric"]
+        if not refit or (workdir / REGISTRY).exists():
+            raise UserError(_other_basis(path, metadata, wanted))
+    elif not refit:
+        raise UserError(f"There is no basis '{path}': give the --workdir where keys were issued.")
     fitted, metric = basis.measure_generator(
         key, generator, samples=config.basis_samples, directions=config.basis
     )
     arrays = {name: each for name, each in vars(fitted).items() if each is not None}
     store.save(path, {"basis": arrays, "metric": metric}, wanted)
     return fitted, metric
+
+
+def _other_basis(path, metadata, wanted):
+    """Say in what a basis is another one than wanted."""
+    differ = [name for name in wanted if metadata.get(name) != wanted[name]]
+    pairs = ", ".join(f"{name} {metadata.get(name)}, not {wanted[name]}" for name in differ)
+    return (
+        f"The basis '{path}' was made with {pairs}. Users' keys rest on it, so it stays: give the "
+        "settings it was made with, or another --workdir."
+    )
 
 
 @jax.jit
@@ -173,7 +221,7 @@ def _network(design, config):
             problem = str(error)
     if given or config.estimator == "learned":
         raise UserError(problem)
-    print(f"hybrid: starts from the bank alone. {problem}")
+    print(f"hybrid: starts from the bank alone. {problem}", file=sys.stderr)
     return None
 
 

@@ -6,13 +6,16 @@ Latents are [n, *latent_shape] and stand for flat vectors w of d values; with me
 and U. All in float32 at HIGHEST precision; no d x d matrix is ever built.
 """
 
-import functools
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lfp_jax.basis import Space
-from lfp_jax.errors import choose
+from lfp_jax.errors import UserError, choose
+from lfp_jax.generators.stylegan2 import StyleGAN2
 
 # What is taken from a bit: the two codes keep keys equally far apart, but `antipodal` spends half
 # the energy, leaves the mean of many fingerprinted latents where it was, and gives an unmarked
@@ -20,8 +23,8 @@ from lfp_jax.errors import choose
 CODES = {"binary": 0.0, "antipodal": 0.5}
 
 _LEAST_STDDEV = 1e-8  # a direction without spread stays finite
-_einsum = functools.partial(jnp.einsum, precision="highest")
-_jit = functools.partial(jax.jit, static_argnames=("code",))
+_einsum = partial(jnp.einsum, precision="highest")
+_jit = partial(jax.jit, static_argnames=("code",))
 
 
 def code(bits: jax.Array, *, form: str) -> jax.Array:
@@ -66,8 +69,55 @@ def inject(
         raise ValueError(
             f"bits must be [{shape[0]}, {shape[1]}] or [{shape[1]}]; got {list(steps.shape)}."
         )
-    marked = jax.vmap(functools.partial(_inject_one, space))(rows, jnp.broadcast_to(steps, shape))
+    marked = jax.vmap(partial(_inject_one, space))(rows, jnp.broadcast_to(steps, shape))
     return marked.reshape(latents.shape)
+
+
+def fold(
+    space: Space, generator: Any, bits: jax.Array, *, strength: float, code: str = "antipodal"
+) -> Any:
+    """Build a key into a StyleGAN2: it decodes any w as the other decodes what `inject` makes of w.
+
+    Every layer takes its style from w by an affine map A w + b. Injection is affine too, w' = P w +
+    t with P = I - V V*^T, so A' = A P and b' = A t + b. In float64; the file has no trace of V but
+    that all A' are blind to it.
+
+    Args:
+        space: carrier, nuisance and mean.
+        generator: a frozen StyleGAN2.
+        bits: key [k].
+        strength: step along each carrying direction.
+        code: "binary" or "antipodal".
+
+    Returns:
+        A generator of the same sizes.
+
+    Raises:
+        UserError: another kind of generator.
+    """
+    if not isinstance(generator, StyleGAN2):
+        raise UserError(f"Only a StyleGAN2 can take up a key; '{generator.name}' is none.")
+    double = partial(np.asarray, dtype=np.float64)
+    carrier, mean = double(space.carrier), double(space.mean)
+    duals = carrier if space.carrier_dual is None else double(space.carrier_dual)
+    step = strength * (double(bits) - choose(code, CODES, "code"))
+    moved = carrier @ (duals.T @ mean + step)  # t
+
+    def turn(tree):
+        if not isinstance(tree, dict):
+            return tree
+        return {
+            name: turn_affine(each) if name == "affine" else turn(each)
+            for name, each in tree.items()
+        }
+
+    def turn_affine(affine):
+        kernel = double(affine["kernel"])  # [d, channels], of equalised learning rate
+        bias = double(affine["bias"]) + moved @ kernel / len(kernel) ** 0.5
+        kernel = kernel - duals @ (carrier.T @ kernel)
+        return {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.asarray(bias, jnp.float32)}
+
+    return generator.replace(synthesis=turn(generator.synthesis))
 
 
 @jax.jit
@@ -81,7 +131,7 @@ def carrier_part(space: Space, latents: jax.Array) -> jax.Array:
     Raises:
         ValueError: latents of another size than the space's.
     """
-    return jax.vmap(functools.partial(_carrier_part_one, space))(_flat(space, latents))
+    return jax.vmap(partial(_carrier_part_one, space))(_flat(space, latents))
 
 
 def whitened_nuisance(space: Space, latents: jax.Array, *, count: int | None = None) -> jax.Array:

@@ -4,9 +4,12 @@ Float images are [n, H, W, C], nominally in [-1, 1]; `u8` arrays and files hold 
 here runs on the host in float32: one rounding rule, the same on every machine.
 """
 
+import glob
 import hashlib
 import io
 import os
+import re
+from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -15,6 +18,8 @@ from lfp_jax import files
 from lfp_jax.errors import UserError
 
 _MOST_PIXELS = 64_000_000  # 8000 x 8000: above this a file is taken for a decompression bomb
+_MOST_BYTES = 512_000_000  # of a file: more than any image of that many pixels
+_PATTERN = re.compile(r"[*?[]")
 _EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 _BOMBS = (Image.DecompressionBombWarning, Image.DecompressionBombError)
 
@@ -106,11 +111,25 @@ def write_png(path: str | os.PathLike, u8: np.ndarray) -> None:
         file.write(data)
 
 
-def write_pngs(folder: str | os.PathLike, u8: np.ndarray) -> None:
-    """Write uint8 images [n, H, W, 1 or 3] as 00000.png, 00001.png, ..., making the folder."""
+def write_pngs(
+    folder: str | os.PathLike, u8: np.ndarray, *, start: int = 0, prefix: str = ""
+) -> list[str]:
+    """Write uint8 images [n, H, W, 1 or 3] as 00000.png, 00001.png, ..., making the folder.
+
+    Args:
+        folder: where to.
+        u8: the images.
+        start: number of the first.
+        prefix: of the files' names.
+
+    Returns:
+        The paths.
+    """
     os.makedirs(folder, exist_ok=True)
-    for i, image in enumerate(u8):
-        write_png(os.path.join(folder, f"{i:05d}.png"), image)
+    paths = [os.path.join(folder, f"{prefix}{start + i:05d}.png") for i in range(len(u8))]
+    for path, image in zip(paths, u8, strict=True):
+        write_png(path, image)
+    return paths
 
 
 def read(path: str | os.PathLike) -> np.ndarray:
@@ -127,6 +146,95 @@ def read(path: str | os.PathLike) -> np.ndarray:
         UserError: the file is missing, no image, damaged, or larger than 64 million pixels.
     """
     return _decode(os.fspath(path), f"'{os.fspath(path)}'", formats=None, grey=False)
+
+
+def read_hashed(path: str | os.PathLike) -> tuple[np.ndarray, str]:
+    """Read an image file as `read` does, and hash the very bytes that were read.
+
+    Returns:
+        uint8 [H, W, 3], and the SHA-256 of the file in hex digits.
+
+    Raises:
+        UserError: as `read`; or the file is empty, may not be read, or is no regular file: a pipe
+            might never end.
+    """
+    path = os.fspath(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"'{path}' is no regular file. Give image files or folders.")
+    try:
+        size = os.path.getsize(path)
+        if not 0 < size <= _MOST_BYTES:
+            what = (
+                "is empty" if not size else f"has {size:,} bytes; at most {_MOST_BYTES:,} are read"
+            )
+            raise UserError(f"'{path}' {what}. Give the image itself.")
+        with open(path, "rb") as file:
+            data = file.read()
+    except FileNotFoundError:
+        raise UserError(f"No such image file: '{path}'. Check the path.") from None
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read: {error.strerror}. Check its rights.") from None
+    pixels = _decode(io.BytesIO(data), f"'{path}'", formats=None, grey=False)
+    return pixels, hashlib.sha256(data).hexdigest()
+
+
+def gather(paths: Iterable[str | os.PathLike]) -> list[tuple[str, str | None]]:
+    """List the image files that paths name: files, folders and all in them, patterns with * and **.
+
+    Links are followed where they are given themselves. Inside a folder or a pattern one that leads
+    out of it is a problem: what lies there was not given.
+
+    Returns:
+        Pairs of a path and None, or of a path and what is wrong with it, in the order given.
+    """
+    found = []
+    for path in map(os.fspath, paths):
+        if os.path.isdir(path):
+            try:
+                found += _inside(path, find(path))
+            except UserError as error:  # there is none
+                found.append((path, str(error)))
+        elif _PATTERN.search(path) and not os.path.lexists(path):
+            plain = path[: _PATTERN.search(path).start()]
+            matches = glob.glob(path, recursive=True)
+            matches = sorted(each for each in matches if not os.path.isdir(each))
+            found += _inside(os.path.dirname(plain) or ".", matches)
+            found += [] if matches else [(path, f"No file matches '{path}'. Check the pattern.")]
+        else:
+            found.append((path, None))
+    return found
+
+
+def _inside(folder, paths):
+    """Pair paths with None, or with the complaint that they lead out of the folder."""
+    root, out = os.path.realpath(folder), []
+    for path in paths:
+        within = os.path.commonpath([root, os.path.realpath(path)]) == root
+        leads = f"'{path}' is a link out of '{folder}', not followed. Name its target to read it."
+        out.append((path, None if within else leads))
+    return out
+
+
+def fit(u8: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """Bring an image to the shape that a generator makes.
+
+    Another size is resized by Pillow's bicubic filter, which averages where it shrinks; the aspect
+    is not kept, for a picture of another one has been stretched or cut. One channel is the luma of
+    ITU-R BT.601.
+
+    Args:
+        u8: uint8 [h, w, 3].
+        shape: (H, W, 1 or 3).
+
+    Returns:
+        uint8 [H, W, C]; the very pixels where the size is right and C is 3.
+    """
+    height, width, channels = shape
+    image = Image.fromarray(u8)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
+    return pixels.reshape(shape)
 
 
 def find(folder: str | os.PathLike) -> list[str]:
@@ -228,12 +336,18 @@ def _decode(source, name, *, formats, grey):
     except FileNotFoundError:
         raise UserError(f"No such image file: {name}.") from None
     except _BOMBS:
-        raise UserError(f"{name} has too many pixels; at most {_MOST_PIXELS:,} are read.") from None
+        raise UserError(
+            f"{name} has too many pixels; at most {_MOST_PIXELS:,} are read. Make it smaller first."
+        ) from None
     except UnidentifiedImageError:
-        raise UserError(f"{name} is not a readable image: no known format.") from None
+        raise UserError(
+            f"{name} is not a readable image: no known format. Give an image file."
+        ) from None
     except Exception as error:  # on hostile bytes Pillow raises nearly anything: struct.error ...
         cause = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-        raise UserError(f"{name} is not a readable image: {cause}.") from None
+        raise UserError(
+            f"{name} is not a readable image: {cause}. Get a whole copy of it."
+        ) from None
 
 
 def _to_8_bits(image):

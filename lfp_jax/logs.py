@@ -44,6 +44,18 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_file(path, json.dumps(_plain(value), indent=2) + "\n")
 
 
+def to_line(value: Any) -> str:
+    """Write a value as one line of JSON; takes what `write_json` takes."""
+    return json.dumps(_plain(value))
+
+
+def discard(stream: TextIO) -> None:
+    """Send nowhere what is still written to a stream, for one whose reader has gone."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
 def read_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Read a file of JSON lines; a last line that a killed process left unfinished is dropped."""
     text = Path(path).read_text(encoding="utf-8")

@@ -2,28 +2,48 @@
 
 Usage:
   python -m lfp_jax.main --config=FILE[:SWITCHES] [--workdir=DIR] [--config.FIELD=VALUE ...]
-  python -m lfp_jax.main --mode=convert --source=FILE --target=DIR
+  python -m lfp_jax.main --mode=MODE --config=FILE[:SWITCHES] [flags of the mode] [PATH ...]
+
+Modes, by default train for a config that has a task and experiment for any other:
+  experiment  one design point, from the generator to metrics.json and a table
+                --config=configs/stylegan2.py --config.strength=2 --config.bits=32
+  train       a network, as the config says; goes on where an earlier run stopped
+                --config=configs/train_estimator.py
+  convert     a foreign checkpoint (rosinality .pt, NVlabs .pkl) to the native store
+                --mode=convert --source=ffhq.pkl --target=ffhq
+  issue       gives a user a key; a million with --count, as NAME-1 and so on; with --export also a
+              generator, as native store and rosinality .pt, that makes only this user's images
+                --mode=issue --config=configs/stylegan2.py --user=alice
+  generate    PNG files with a user's key in them
+                --mode=generate --config=configs/stylegan2.py --user=alice --n=4
+  attribute   whose key image files carry, or "unknown", a line each: files, folders, patterns
+                --mode=attribute --config=configs/stylegan2.py --format=table pictures/
+  doctor      makes an image, attributes it, and tells how each step went on this machine
+                --mode=doctor --config=configs/stylegan2.py
 
 Flags:
-  --config   a file of configs/; SWITCHES is what its get_config(arg) takes, e.g. "tiny"
-  --mode     experiment: one design point, from the generator to metrics.json and a table
-             train: a network, as the config says; goes on where an earlier run stopped
-             convert: a foreign checkpoint (rosinality .pt, NVlabs .pkl) to the native store
-             (default: train for a config that has a task, experiment for any other)
-  --workdir  where the results go (default: runs/NAME-OF-THE-CONFIG)
-  --source   convert: the file to read
-  --target   convert: the folder to write
+  --config    a file of configs/; SWITCHES is what its get_config(arg) takes, e.g. "tiny"
+  --workdir   where the results and the basis go (default: runs/NAME-OF-THE-CONFIG)
+  --registry  issue, generate, attribute: the file of users and keys
+              (default: WORKDIR/registry.sqlite)
+  --user      issue, generate: whose key
+  --count     issue: how many users, NAME-1, NAME-2, ...
+  --export    issue: the folder of the user's generator
+  --n         generate: how many images
+  --rate      issue, attribute: the chance that anybody is named for an image of nobody's key
+              (default: 1e-6)
+  --pool      attribute: at last a line on all files together, as pictures of one unknown user
+  --format    attribute: json, a JSON line a file (default); or table
+  --source    convert: the file to read
+  --target    convert: the folder to write; generate: that of the images
+              (default: WORKDIR/users/NAME)
   --distributed  train: one of several processes, which the cluster (TPU pod, Slurm) tells apart,
-             or --coordinator=HOST:PORT --processes=N --process=I
-
-Examples:
-  python -m lfp_jax.main --config=configs/stylegan2.py
-  python -m lfp_jax.main --config=configs/stylegan2.py --config.strength=2 --config.bits=32
-  python -m lfp_jax.main --mode=convert --source=ffhq.pkl --target=ffhq
+              or --coordinator=HOST:PORT --processes=N --process=I
 
 Exit status: 0 done; 1 something could not be processed; 2 wrong usage, said in one line.
 """
 
+import errno
 import importlib
 import logging
 import sys
@@ -31,7 +51,7 @@ from pathlib import Path
 
 import absl.logging
 
-from lfp_jax import options
+from lfp_jax import logs, options
 from lfp_jax.errors import UserError, choose
 
 _TRAINERS = {
@@ -40,6 +60,7 @@ _TRAINERS = {
     "classifier": "classifier",
     "estimator": "estimator",
 }
+_OWNERSHIP_FLAGS = ("user", "count", "n", "registry", "rate", "pool", "export", "target")
 
 
 def main(argv: list[str]) -> int:
@@ -58,16 +79,26 @@ def main(argv: list[str]) -> int:
     absl.logging.set_verbosity(absl.logging.ERROR)
     logging.getLogger("jax").setLevel(logging.ERROR)
     try:
-        return _dispatch(options.parse(argv))
+        return _dispatch(*options.parse(argv))
     except UserError as error:
         print(f"lfp_jax: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the answers, as `head` does, wants no more
+        logs.discard(sys.stdout)
+        return 1
+    except OSError as error:
+        remedy = "Free some space." if error.errno == errno.ENOSPC else "Check it and its rights."
+        where = f"'{error.filename}': " if error.filename else ""
+        if not where:  # it was the output itself, and what is left of it cannot be written either
+            logs.discard(sys.stdout)
+        print(f"lfp_jax: error: {where}{error.strerror}. {remedy}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nlfp_jax: interrupted", file=sys.stderr)
         return 130
 
 
-def _dispatch(flags) -> int:
+def _dispatch(flags, paths) -> int:
     # Each mode imports what it needs: `--help` and a mistyped flag answer at once.
     config, mode = flags.config, flags.mode
     if mode == "convert":
@@ -81,7 +112,7 @@ def _dispatch(flags) -> int:
         raise UserError("--config=FILE is missing, e.g. --config=configs/stylegan2.py. See --help.")
     task = config.get("task")
     expected = "train" if task else "experiment"
-    if mode not in (None, expected):
+    if mode not in (None, expected) and (task or mode not in options.OWNERSHIP):
         raise UserError(f"--mode={mode} does not fit this config; it is for --mode={expected}.")
     name = flags["config"].config_filename.partition(":")[0]
     workdir = Path(flags.workdir or Path("runs") / Path(name).stem)
@@ -92,6 +123,10 @@ def _dispatch(flags) -> int:
         importlib.import_module("lfp_jax.sharding").join(**where)
     if task:
         return _train(workdir, **config.to_dict())
+    if mode in options.OWNERSHIP:
+        given = {name: flags[name].value for name in _OWNERSHIP_FLAGS}
+        given |= {"paths": paths, "form": flags.format}
+        return importlib.import_module("lfp_jax.desk").run(mode, config, workdir, **given)
     return importlib.import_module("lfp_jax.experiment").run(config, workdir) or 0
 
 

@@ -8,39 +8,62 @@ from ml_collections import config_flags
 
 from lfp_jax.errors import UserError, did_you_mean
 
-MODES = ("experiment", "train", "convert")
+OWNERSHIP = ("issue", "generate", "attribute", "doctor")
+MODES = ("experiment", "train", "convert", *OWNERSHIP)
+
+_KEYED = ("issue", "generate", "attribute")
+# Flags that mean something in some modes only, and in which.
+_BELONG = {
+    "source": ("convert",), "target": ("convert", "generate"), "user": ("issue", "generate"),
+    "count": ("issue",), "export": ("issue",), "n": ("generate",), "registry": _KEYED,
+    "rate": ("issue", "attribute"), "pool": ("attribute",), "format": ("attribute",),
+}  # fmt: skip
 
 
-def parse(argv: list[str]) -> flags.FlagValues:
+def parse(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     """Read the command line.
 
     Args:
       argv: the program's name and its arguments.
 
     Returns:
-      Flags `config` (a locked ConfigDict or None), `mode`, `workdir`, `source`, `target` and
-      `coordinator` (text or None), `distributed`, `processes` and `process` (a number or None).
+      Flags `config` (a locked ConfigDict or None), `distributed` and `pool` (true or false),
+      `format` ("json" or "table"), and the others of `--help` (None unless given). And the
+      arguments without a name: the paths of the mode `attribute`.
 
     Raises:
-      UserError: an unknown flag, field, mode or file, or a value of the wrong type.
+      UserError: an unknown flag, field, mode or file, a value of the wrong type, or a flag that
+        means nothing in this mode.
     """
     path = _config_path(argv)
     if path is not None:
         _check_file(path)
         _check_fields(path, argv)
-    return _read(argv)
+    values, unnamed = _read(argv)
+    if unnamed and values.mode != "attribute":
+        raise UserError(f"Unexpected argument '{unnamed[0]}': options are --flags. See --help.")
+    for name, modes in _BELONG.items():
+        if values[name].present and values.mode not in modes:
+            raise UserError(f"--{name} is for --mode={' and --mode='.join(modes)}.")
+    return values, unnamed
 
 
-def _read(argv: list[str]) -> flags.FlagValues:
+def _read(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     # A set of flags of its own, not the global one, so that this can be called more than once.
     values = flags.FlagValues()
+    values.set_gnu_getopt(True)  # flags may follow the paths
     # A config file is loaded into this module; names of an earlier one must not live on in it.
     sys.modules.pop("config_config", None)
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     flags.DEFINE_enum("mode", None, MODES, "what to do", flag_values=values)
-    for name in ("workdir", "source", "target", "coordinator"):
-        flags.DEFINE_string(name, None, "a path or an address", flag_values=values)
+    for name in ("workdir", "source", "target", "coordinator", "user", "registry", "export"):
+        flags.DEFINE_string(name, None, "a path, an address or a name", flag_values=values)
     flags.DEFINE_bool("distributed", False, "one of several processes", flag_values=values)
+    flags.DEFINE_bool("pool", False, "also judge all files together", flag_values=values)
+    flags.DEFINE_enum("format", "json", ("json", "table"), "of answers", flag_values=values)
+    flags.DEFINE_float("rate", None, "false-positive rate", flag_values=values)
+    for name in ("count", "n"):
+        flags.DEFINE_integer(name, None, "how many", lower_bound=1, flag_values=values)
     for name in ("processes", "process"):
         flags.DEFINE_integer(name, None, "a number", lower_bound=0, flag_values=values)
     try:
@@ -56,9 +79,7 @@ def _read(argv: list[str]) -> flags.FlagValues:
         ) from None
     if not values.distributed and {values.coordinator, values.processes, values.process} != {None}:
         raise UserError("--coordinator, --processes and --process need --distributed.")
-    if unnamed:
-        raise UserError(f"Unexpected argument '{unnamed[0]}': options are --flags. See --help.")
-    return values
+    return values, unnamed
 
 
 def _config_path(argv: list[str]) -> str | None:
@@ -85,7 +106,7 @@ def _check_file(path: str) -> None:
 
 def _check_fields(path: str, argv: list[str]) -> None:
     """Name an unknown field and its neighbours; ml_collections would give a traceback."""
-    config = _read([argv[0], f"--config={path}"]).config
+    config = _read([argv[0], f"--config={path}"])[0].config
     for arg in argv:
         flag, _, field = arg.partition("=")[0].partition(".")
         if flag not in ("--config", "-config") or not field:

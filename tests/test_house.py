@@ -16,12 +16,12 @@ CONFIGS = [
 # An import points from right to left in this row; within one entry it may point anywhere.
 ORDER = [
     "images", "weights", "generators", "sensitivity", "basis", "fingerprint", "keys", "registry",
-    "attacks", "metrics", "attribution", "report", "training", "design", "experiment", "grid",
-    "options", "main",
+    "attacks", "metrics", "attribution", "report", "training", "design", "enrolment", "ownership",
+    "desk", "experiment", "grid", "options", "main",
 ]  # fmt: skip
 LEAVES = {"errors", "files", "sharding", "logs"}  # imported by all, and import one another only
 DISK = {"files", "weights", "images", "registry", "logs", "report", "training.data"}
-SEE_CONFIGS = {"design", "experiment", "grid", "options", "main"}
+SEE_CONFIGS = {"design", "enrolment", "ownership", "desk", "experiment", "grid", "options", "main"}
 
 # Options that the stable names of the design let callers give by position.
 POSITIONAL_DEFAULTS = {"generators.stylegan2.StyleGAN2.map"}

@@ -10,7 +10,7 @@ from clu import parameter_overview
 from lfp_jax.errors import UserError
 from lfp_jax.generators import assemble, ldm, stylegan2, zoo
 from lfp_jax.weights import ldm as ldm_files
-from lfp_jax.weights import pickles, safetensors, store
+from lfp_jax.weights import pickles, rosinality, safetensors, store
 from lfp_jax.weights import stylegan2 as stylegan2_files
 
 
@@ -128,6 +128,13 @@ def save(target, generator, *, source_format, licence, dtype=np.float32, **more)
         **more,
     }
     store.save(target, tree, metadata)
+
+
+def save_rosinality(path, generator):
+    """Write a StyleGAN2 as a checkpoint of rosinality's, which needs `rosinality.can_hold`."""
+    tree, _ = _to_tree(generator, dtype=np.float32)
+    tree["noise"] = {str(i): np.asarray(each) for i, each in enumerate(generator.noise)}
+    rosinality.write(path, tree, generator.arch)
 
 
 def _to_tree(generator, *, dtype):

@@ -251,6 +251,11 @@ class Registry:
         )
         return [Issue(*row[:7], json.loads(row[7]), row[8]) for row in rows]
 
+    def noises(self, *, design: int) -> set[str]:
+        """List the kinds of synthesis noise with which images of a design point were issued."""
+        sql = "SELECT DISTINCT noise FROM issues JOIN keys ON keys.id = key WHERE basis = ?"
+        return {noise for (noise,) in self._database.rows(sql, (design,))}
+
     def record_verdict(
         self,
         *,

@@ -1,11 +1,16 @@
 """Tables of rosinality's StyleGAN2 checkpoints (names as in its state dicts)."""
 
+import numpy as np
+
 from lfp_jax.errors import UserError
-from lfp_jax.weights import tables
+from lfp_jax.weights import tables, torch_file
 from lfp_jax.weights.tables import Row, conv, conv_batched, flattened, linear, shaped
 
 _STDDEV_GROUP = 4
 _MAPPING_LR = 0.01  # not in the file
+_SIZES = (
+    "image_channels", "channels", "z_dim", "w_dim", "mapping_layers", "mapping_width",
+)  # fmt: skip
 
 
 def generator(tensors, *, what):
@@ -16,6 +21,31 @@ def generator(tensors, *, what):
     hparams["fir"] = tables.filter_taps(filters, gain=4, what=what)
     rows += _filter_rows(filters, _up_filters(hparams["channels"]), len(hparams["fir"]))
     return tables.convert(tensors, rows, what=what), hparams
+
+
+def can_hold(arch):
+    """Tell whether the format can hold a generator: it knows no labels, no clamp, only RGB."""
+    return arch.image_channels == 3 and not arch.label_dim and arch.clamp is None
+
+
+def write(path, tree, arch):
+    """Write a generator as a checkpoint of rosinality's, `{"g_ema": ..., "latent_avg": ...}`.
+
+    Args:
+        path: the file.
+        tree: {"mapping", "synthesis", "noise", "w_avg"} of numpy arrays, as `generator` reads them.
+        arch: its sizes, see `can_hold`.
+    """
+    sizes = {name: getattr(arch, name) for name in _SIZES}
+    rows = _mapping_rows(sizes) + _synthesis_rows(sizes) + _noise_rows(sizes)
+    tensors = tables.revert(tree, rows)
+    for name in tensors:
+        if name.startswith("style."):  # the file does not tell the rate, so it must be the usual
+            tensors[name] = tensors[name] * np.float32(arch.mapping_lr / _MAPPING_LR)
+    taps = np.asarray(arch.fir, np.float64)
+    kernel = 4.0 * np.outer(taps, taps) / taps.sum() ** 2
+    tensors |= dict.fromkeys(_up_filters(sizes["channels"]), kernel)
+    torch_file.write(path, {"g_ema": tensors, "latent_avg": tree["w_avg"]})
 
 
 def discriminator(tensors, *, what):

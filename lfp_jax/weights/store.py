@@ -1,5 +1,6 @@
 """The native store: arrays by Orbax, metadata as JSON beside them. The only user of Orbax."""
 
+import errno
 import json
 import os
 import shutil
@@ -21,6 +22,9 @@ def save(path, tree, metadata):
         path: the folder to make; one that exists is replaced only when the new one is whole.
         tree: nested dicts, lists and arrays.
         metadata: what the arrays are (names, sizes, hashes, licence).
+
+    Raises:
+        OSError: the folder cannot be written.
     """
     path = os.path.abspath(path)
     temporary, old = f"{path}.tmp{os.getpid()}", f"{path}.old{os.getpid()}"
@@ -34,6 +38,11 @@ def save(path, tree, metadata):
         if os.path.lexists(path):
             os.replace(path, old)  # a folder cannot be renamed over a full one
         os.replace(temporary, path)
+    except ValueError as error:  # how TensorStore says that a write failed
+        full = os.strerror(errno.ENOSPC)
+        if full not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, full, path) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

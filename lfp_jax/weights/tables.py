@@ -5,6 +5,7 @@ tree, and how it is turned. A tensor without a row, a row without a tensor and a
 shape are errors that name it. Trees are nested dicts of float32 numpy arrays.
 """
 
+import math
 import re
 from collections.abc import Callable
 from typing import NamedTuple
@@ -55,6 +56,30 @@ def convert(tensors, rows, *, what, model="StyleGAN2"):
         if row.place:
             _put(tree, row.place.split("/"), row.turn(np.asarray(value, np.float32)))
     return tree
+
+
+def revert(tree, rows):
+    """Turn a tree back into tensors by a table: what `convert` reads as that tree.
+
+    Args:
+        tree: nested dict of arrays.
+        rows: list of Row whose turns only move values about.
+
+    Returns:
+        Dict from name to float32 array, of the rows with a place.
+    """
+    tensors = {}
+    for row in rows:
+        if row.place:
+            value = tree
+            for part in row.place.split("/"):
+                value = value[part]
+            size = math.prod(row.shape)
+            origin = row.turn(np.arange(size).reshape(row.shape))  # where each value came from
+            flat = np.empty(size, np.float32)
+            flat[origin.reshape(-1)] = np.asarray(value).reshape(-1)
+            tensors[row.name] = flat.reshape(row.shape)
+    return tensors
 
 
 def _checked(value, row, what):
