@@ -126,6 +126,14 @@ def test_the_gradient_passes_straight_through_the_quantiser():
     np.testing.assert_allclose(z_q, codebook[nearest], rtol=1e-5, atol=1e-6)
 
 
+def test_a_generator_says_whether_it_quantises(tiny):
+    z = jax.random.normal(jax.random.key(1), (2, *tiny.latent_shape))
+    smooth = decode(tiny.replace(quantizes=False), z, None)
+    np.testing.assert_array_equal(smooth, decode(tiny, z, False))
+    np.testing.assert_array_equal(decode(tiny, z, None), decode(tiny, z, True))
+    assert np.abs(smooth - decode(tiny, z, True)).max() > 1e-3
+
+
 def test_samples_do_not_depend_on_the_batch(tiny):
     key = jax.random.key(3)
     whole = tiny.sample(key, 4, steps=5)

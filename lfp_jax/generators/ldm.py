@@ -49,6 +49,7 @@ class LatentDiffusion(flax.struct.PyTreeNode):
     arch: Architecture = flax.struct.field(pytree_node=False)
     name: str = flax.struct.field(pytree_node=False, default="ldm")
     sha256: str = flax.struct.field(pytree_node=False, default="")
+    quantizes: bool = flax.struct.field(pytree_node=False, default=True)  # in `decode`, if VQ
     dtype: jnp.dtype = flax.struct.field(pytree_node=False, default=jnp.float32)
 
     @property
@@ -161,12 +162,13 @@ class LatentDiffusion(flax.struct.PyTreeNode):
         alpha = self.alphas_cumprod[t][:, None, None, None]
         return diffusion.noise_and_image(output, x, alpha, self.arch.diffusion.prediction)[0]
 
-    def decode(self, z, *, quantize=True):
+    def decode(self, z, *, quantize=None):
         """Decode latents: scale back, quantise, decode.
 
         Args:
             z: [n, h, w, c]; any size that the network takes.
             quantize: VQ: replace each position by its nearest code; the gradient passes straight.
+                Default: the generator's `quantizes`.
 
         Returns:
             Images [n, H, W, C] float32, nominally in [-1, 1] (not clipped).
@@ -180,6 +182,7 @@ class LatentDiffusion(flax.struct.PyTreeNode):
                 f"z must have shape [n, h, w, {arch.latent_channels}]; got {list(z.shape)}."
             )
         z = z / self.scale_factor + self.shift
+        quantize = self.quantizes if quantize is None else quantize
         if arch.kind == "vq" and quantize:
             z, _ = first_stage.quantize(z, self.codebook)
         return first_stage.Decoder(arch, self.dtype).apply({"params": self.decoder}, z)
