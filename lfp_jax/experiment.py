@@ -13,7 +13,7 @@ import numpy as np
 from lfp_jax import attacks, basis, design, fingerprint, generators, images, keys, logs
 from lfp_jax.attribution import inversion, verdict
 from lfp_jax.errors import UserError
-from lfp_jax.generators import stylegan2
+from lfp_jax.generators import stylegan2, zoo
 from lfp_jax.metrics import accuracy, distances, features, perceptual
 from lfp_jax.report import plots
 
@@ -48,7 +48,7 @@ def run(config, workdir):
     fold = [jax.random.fold_in(key, i) for i in _FOLDS]
 
     # --- generator and basis -----------------------------------------------------------------
-    generator = design.load_generator(config.generator)
+    generator = design.load_configured(config)
     print(generators.describe(generator), flush=True)
     point = design.prepare(fold[_BASIS], config, workdir, generator=generator)
     space, mark = point.space, point.mark
@@ -161,12 +161,12 @@ def _estimate(estimator, key, makers, point, seen, config):
 def _frechet(fold, point, config):
     """Fréchet distances of fresh plain and fingerprinted images to the reference pictures.
 
-    The demo's reference is the held-out pictures; another generator's is a second set of its own
-    plain images, so that `fd_plain` is then the floor of the distance.
+    The reference of the demos is the held-out pictures; that of another generator a second set of
+    its own plain images, so that `fd_plain` is then the floor of the distance.
     """
     n, classifier = config.fd_images, features.load_classifier()
     generator = point.generator
-    demo = generator.name == "stylegan2-demo"
+    demo = generator.name in zoo.BUNDLED
     latents = basis.sample(fold[_QUALITY], generator, n)
     bits = _draw_bits(fold[_QUALITY_KEYS], n, config.bits)
     groups = [latents, fingerprint.inject(point.space, latents, bits, **point.mark)]
