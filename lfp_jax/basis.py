@@ -119,7 +119,7 @@ def fit_generator(key: jax.Array, generator: Any, *, samples: int) -> Basis:
 
 
 def measure_generator(
-    key: jax.Array, generator: Any, *, samples: int, directions: str
+    key: jax.Array, generator: Any, *, samples: int, directions: str, metric_samples: int = 4_096
 ) -> tuple[Basis, np.ndarray]:
     """Find directions of a generator's latents, and the metric of its images.
 
@@ -128,6 +128,7 @@ def measure_generator(
         generator: a frozen generator.
         samples: how many latents.
         directions: "pca" (of `fit`), or "sensitivity" (of `turn`).
+        metric_samples: images behind the metric.
 
     Returns:
         The basis, and the metric, float32 [d, d], of `sensitivity.mean_metric`.
@@ -137,7 +138,9 @@ def measure_generator(
     """
     turned = choose(directions, DIRECTIONS, "basis")
     fitted = fit_generator(key, generator, samples=samples)
-    metric = sensitivity.mean_metric(jax.random.fold_in(key, 1), generator).astype(np.float32)
+    metric_key = jax.random.fold_in(key, 1)
+    metric = sensitivity.mean_metric(metric_key, generator, samples=metric_samples)
+    metric = metric.astype(np.float32)
     return turn(fitted, metric) if turned else fitted, metric
 
 

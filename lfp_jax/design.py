@@ -15,16 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from lfp_jax import attacks, basis, fingerprint, generators
-from lfp_jax.attribution import bank, inversion, least_squares
+from lfp_jax.attribution import bank, encoder, inversion, least_squares
 from lfp_jax.attribution import estimator as learner
 from lfp_jax.errors import UserError, choose
-from lfp_jax.generators import stylegan2, zoo
+from lfp_jax.generators import assemble, ldm, stylegan2, zoo
 from lfp_jax.metrics import features, perceptual
 from lfp_jax.weights import store
 
 _BATCH = 64
 _NOISES = dict.fromkeys(("constant", "known", "unknown"))
-_ESTIMATORS = dict.fromkeys(("hybrid", "lm", "learned", "adam"))
+_ESTIMATORS = dict.fromkeys(("hybrid", "lm", "learned", "encoder", "adam"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,15 +57,44 @@ def check(config):
     choose(config.loss, dict.fromkeys(perceptual.NAMES), "loss")
 
 
-def load_generator(source):
-    """Load a generator; "stylegan2-tiny" is one of random weights, for tests."""
-    if source != "stylegan2-tiny":
-        return generators.load(source)
+def load_generator(source, *, sample_steps=None):
+    """Load a generator; "stylegan2-tiny" and "ldm-tiny" are of random weights, for tests.
+
+    Args:
+        source: as `generators.load` takes it, or one of the two.
+        sample_steps: DDIM steps behind a latent of a latent-diffusion model; None: its own number.
+    """
+    if source == "stylegan2-tiny":
+        return _tiny_stylegan2(source)
+    generator = _tiny_ldm(source) if source == "ldm-tiny" else generators.load(source)
+    if sample_steps is not None and isinstance(generator, ldm.LatentDiffusion):
+        return generator.replace(sample_steps=sample_steps)
+    return generator
+
+
+def _tiny_stylegan2(name):
     arch = stylegan2.Architecture(
         resolution=32, channels=(16, 16, 8, 8), z_dim=32, w_dim=32,
         mapping_layers=2, mapping_width=32,
     )  # fmt: skip
-    return stylegan2.random_generator(jax.random.key(0), arch, name=source)
+    return stylegan2.random_generator(jax.random.key(0), arch, name=name)
+
+
+def _tiny_ldm(name):
+    networks = {
+        "first_stage": {
+            "embed_dim": 3, "n_embed": 64, "ddconfig": {
+                "double_z": False, "z_channels": 3, "resolution": 8, "in_channels": 3, "out_ch": 3,
+                "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": [],
+                "attn_type": "none",
+            },
+        },
+        "unet": {
+            "image_size": 4, "in_channels": 3, "out_channels": 3, "model_channels": 32,
+            "num_heads": 2, "attention_resolutions": [1], "num_res_blocks": 1, "channel_mult": [1],
+        },
+    }  # fmt: skip
+    return assemble.random_latent_diffusion(jax.random.key(0), networks).replace(name=name)
 
 
 def prepare(key, config, workdir, *, generator=None):
@@ -80,7 +109,8 @@ def prepare(key, config, workdir, *, generator=None):
     Returns:
         A Design.
     """
-    generator = load_generator(config.generator) if generator is None else generator
+    if generator is None:
+        generator = load_generator(config.generator, sample_steps=config.get("sample_steps"))
     directions, metric = _basis(key, generator, config, Path(workdir))
     space = basis.split(directions, bits=config.bits, shift=config.shift)
     return Design(generator, metric, space, {"strength": config.strength, "code": config.code})
@@ -91,13 +121,17 @@ def _basis(key, generator, config, workdir):
     path = str(workdir / "basis")
     wanted = {"kind": "basis", "generator": generator.name, "sha256": generator.sha256}
     wanted |= {"directions": config.basis, "samples": config.basis_samples, "seed": config.seed}
+    wanted |= {"metric_samples": config.metric_samples}
+    if isinstance(generator, ldm.LatentDiffusion):
+        wanted |= {"sample_steps": generator.sample_steps}
     if store.is_store(path):
         tree, metadata = store.load(path)
         if metadata == wanted:
             return basis.Basis(**tree["basis"]), tree["metric"]
     fitted, metric = basis.measure_generator(
-        key, generator, samples=config.basis_samples, directions=config.basis
-    )
+        key, generator, samples=config.basis_samples, metric_samples=config.metric_samples,
+        directions=config.basis,
+    )  # fmt: skip
     arrays = {name: each for name, each in vars(fitted).items() if each is not None}
     store.save(path, {"basis": arrays, "metric": metric}, wanted)
     return fitted, metric
@@ -140,6 +174,8 @@ def estimator(key, design, config):
     if config.estimator == "adam":
         options = config.adam.to_dict() | {"loss": _loss(config.loss)}
         return partial(inversion.adam, **options), 0.0
+    if config.estimator == "encoder":
+        return encoder.encoder, 0.0
     start, network = time.monotonic(), None
     if config.estimator in ("learned", "hybrid"):
         network = _network(design, config)
@@ -173,7 +209,8 @@ def _network(design, config):
             problem = str(error)
     if given or config.estimator == "learned":
         raise UserError(problem)
-    print(f"hybrid: starts from the bank alone. {problem}")
+    start = "the encoder" if encoder.has_encoder(generator) else "the bank alone"
+    print(f"hybrid: starts from {start}. {problem}")
     return None
 
 

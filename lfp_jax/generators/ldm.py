@@ -50,6 +50,7 @@ class LatentDiffusion(flax.struct.PyTreeNode):
     name: str = flax.struct.field(pytree_node=False, default="ldm")
     sha256: str = flax.struct.field(pytree_node=False, default="")
     dtype: jnp.dtype = flax.struct.field(pytree_node=False, default=jnp.float32)
+    sample_steps: int = flax.struct.field(pytree_node=False, default=50)  # of `sample`
 
     @property
     def latent_shape(self):
@@ -68,7 +69,7 @@ class LatentDiffusion(flax.struct.PyTreeNode):
         return (side, side, arch.decoded_channels)
 
     def sample(
-        self, key, n, *, start=0, steps=50, eta=1.0, context=None, label=None, null_context=None,
+        self, key, n, *, start=0, steps=None, eta=1.0, context=None, label=None, null_context=None,
         null_label=None, guidance=1.0, progress=None,
     ):  # fmt: skip
         """Draw latents from the prior by DDIM.
@@ -77,7 +78,8 @@ class LatentDiffusion(flax.struct.PyTreeNode):
             key: with it, latent i depends on the global index start + i only.
             n: how many.
             start: global index of the first, so that batches put together equal one large draw.
-            steps, eta, context, label, null_context, null_label, guidance, progress: as `denoise`.
+            steps: as `denoise`; None: `sample_steps` of the model.
+            eta, context, label, null_context, null_label, guidance, progress: as `denoise`.
 
         Returns:
             Latents [n, *latent_shape].
@@ -86,6 +88,7 @@ class LatentDiffusion(flax.struct.PyTreeNode):
             UserError: the model has no UNet, or an option is impossible.
         """
         self._unet()
+        steps = self.sample_steps if steps is None else steps
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(start + jnp.arange(n))
         pairs = jax.vmap(jax.random.split)(keys)
         x = jax.vmap(lambda k: jax.random.normal(k, self.latent_shape))(pairs[:, 0])
