@@ -34,10 +34,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.generator = "ldm-demo"
     # A latent costs many passes of the UNet: fewer steps and samples, and a smaller bank.
     config.sample_steps = 10  # of DDIM
-    config.basis_samples = 2_048
-    config.metric_samples = 1_024
-    config.images, config.fd_images = 8, 512
-    config.lm.bank = 512
+    config.basis_samples = 1_024
+    config.metric_samples = 512
+    config.images, config.fd_images = 8, 256
+    config.lm.bank = 256
     config.repeat = 1  # directions that carry each bit
     config.channels = placeholder(int)  # of the latent, that hold the first directions; unset: all
     config.quantize = True  # in the decoder, both of the model and of who reads its images
@@ -55,7 +55,7 @@ def _shrink(config: ml_collections.ConfigDict) -> None:
     config.sample_steps = 2
     config.users, config.images = 2, 4
     config.basis_samples, config.metric_samples = 256, 64
-    config.bits, config.shift = 8, 10
+    config.bits, config.shift = 8, 20
     config.lm.bank, config.lm.ranks, config.lm.jacobians = 64, (8,), 2
     config.adam.starts, config.adam.steps = 2, 20
     config.fd_images = 64

@@ -36,7 +36,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.save_every = 500
     config.grid_every = 500
     config.fd_images = 1_000
-    config.sample_steps = 50
+    config.sample_steps = 10
     config.first_stage = ml_collections.ConfigDict(
         {
             "channels": (48,), "blocks": 1, "codes": 1024, "latent_channels": 3, "groups": 8,
@@ -48,9 +48,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.diffusion = ml_collections.ConfigDict(
         {
             "channels": (32, 64, 64), "blocks": 1, "attention": (False, True, True),
-            "head_dim": 32, "groups": 8, "prediction": "velocity", "total_images": 150_000,
-            "batch": 32, "learning_rate": 1e-3, "warmup": 200, "decay_images": 150_000,
-            "clip": 1.0, "ema_images": 5_000, "fd_every": 0,
+            "head_dim": 32, "groups": 8, "prediction": "velocity", "total_images": 32_000,
+            "batch": 32, "learning_rate": 1e-3, "warmup": 100, "decay_images": 32_000,
+            "clip": 1.0, "ema_images": 2_000, "fd_every": 0,
         }
     )  # fmt: skip
     if switches.tiny:

@@ -106,7 +106,8 @@ def run(config, workdir):
 
     # --- show ----------------------------------------------------------------------------------
     logs.write_json(workdir / "metrics.json", metrics)
-    rebuilt = design.decode(generator, jnp.asarray(solution.latents))
+    found = solution.latents.reshape(-1, *generator.latent_shape)
+    rebuilt = design.decode(generator, jnp.asarray(found))
     sheet = _sheet(plain, made, *([seen] if attack.steps else []), rebuilt)
     images.write_png(workdir / "grid.png", images.enlarge(sheet, max(1, 96 // made.shape[1])))
     plots.reliability(workdir / "reliability.png", metrics["reliability"])

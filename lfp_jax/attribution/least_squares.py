@@ -384,9 +384,9 @@ def hybrid(key, generator, space, images, *, strength, code, estimator=None, **o
     """
     mark = {"strength": strength, "code": code}
     progress = options.get("progress", True)
+    once = partial(learned, estimator=estimator) if estimator else encoder
     if estimator is None and not has_encoder(generator):
         return lm(key, generator, space, images, **mark, **options)
-    once = partial(learned, estimator=estimator) if estimator else encoder
     near = once(key, generator, space, images, progress=progress, **mark)
     found = lm(key, generator, space, images, near=near, **mark, **options)
     return found.replace(evaluations=found.evaluations + near.evaluations)
