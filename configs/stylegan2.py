@@ -36,6 +36,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.images = 24
 
     config.basis_samples = 50_000
+    config.metric_samples = 4_096
     config.bits = 64
     config.basis = "sensitivity"  # or "pca", the paper's principal directions
     config.shift = 64  # the first direction that carries

@@ -33,24 +33,24 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.resolution = 64
     config.seed = 0
     config.log_every = 50
-    config.save_every = 1_000
-    config.grid_every = 1_000
-    config.fd_images = 5_000
-    config.sample_steps = 50
+    config.save_every = 500
+    config.grid_every = 500
+    config.fd_images = 1_000
+    config.sample_steps = 10
     config.first_stage = ml_collections.ConfigDict(
         {
-            "channels": (16, 32, 48), "blocks": 1, "codes": 1024, "latent_channels": 3, "groups": 8,
-            "total_images": 240_000, "batch": 16, "learning_rate": 1e-3, "warmup": 200,
-            "commitment": 0.25, "perceptual": 0.1, "codebook_decay": 0.99, "ema_images": 10_000,
-            "fd_every": 3_000,
+            "channels": (48,), "blocks": 1, "codes": 1024, "latent_channels": 3, "groups": 8,
+            "patch": 4, "total_images": 40_000, "batch": 16, "learning_rate": 2e-3, "warmup": 100,
+            "decay_images": 40_000, "commitment": 0.25, "perceptual": 0.1, "codebook_decay": 0.99,
+            "ema_images": 2_000, "fd_every": 0,
         }
     )  # fmt: skip
     config.diffusion = ml_collections.ConfigDict(
         {
-            "channels": (48, 96, 96), "blocks": 1, "attention": (False, True, True),
-            "head_dim": 32, "groups": 16, "prediction": "velocity", "total_images": 1_000_000,
-            "batch": 64, "learning_rate": 5e-4, "warmup": 500, "clip": 1.0, "ema_images": 100_000,
-            "fd_every": 0,
+            "channels": (32, 64, 64), "blocks": 1, "attention": (False, True, True),
+            "head_dim": 32, "groups": 8, "prediction": "velocity", "total_images": 32_000,
+            "batch": 32, "learning_rate": 1e-3, "warmup": 100, "decay_images": 32_000,
+            "clip": 1.0, "ema_images": 2_000, "fd_every": 0,
         }
     )  # fmt: skip
     if switches.tiny:
@@ -63,9 +63,10 @@ def _shrink(config: ml_collections.ConfigDict) -> None:
     config.log_every, config.save_every, config.grid_every = 1, 2, 2
     config.fd_images, config.sample_steps = 0, 2  # the features take 64 x 64
     config.first_stage.update(
-        channels=(8, 8), codes=16, groups=4, total_images=32, batch=8, warmup=2, perceptual=0.0,
-        fd_every=0,
+        channels=(8, 8), codes=16, groups=4, patch=1, total_images=32, batch=8, warmup=2,
+        decay_images=0, perceptual=0.0,
     )  # fmt: skip
     config.diffusion.update(
-        channels=(8,), attention=(), head_dim=4, groups=4, total_images=32, batch=8, warmup=2
-    )
+        channels=(8,), attention=(), head_dim=4, groups=4, total_images=32, batch=8, warmup=2,
+        decay_images=0,
+    )  # fmt: skip

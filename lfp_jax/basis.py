@@ -13,6 +13,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.linalg import helmert
 
 from lfp_jax import sensitivity
 from lfp_jax.errors import UserError, choose
@@ -119,7 +120,7 @@ def fit_generator(key: jax.Array, generator: Any, *, samples: int) -> Basis:
 
 
 def measure_generator(
-    key: jax.Array, generator: Any, *, samples: int, directions: str
+    key: jax.Array, generator: Any, *, samples: int, directions: str, metric_samples: int = 4_096
 ) -> tuple[Basis, np.ndarray]:
     """Find directions of a generator's latents, and the metric of its images.
 
@@ -128,6 +129,7 @@ def measure_generator(
         generator: a frozen generator.
         samples: how many latents.
         directions: "pca" (of `fit`), or "sensitivity" (of `turn`).
+        metric_samples: images behind the metric.
 
     Returns:
         The basis, and the metric, float32 [d, d], of `sensitivity.mean_metric`.
@@ -137,7 +139,9 @@ def measure_generator(
     """
     turned = choose(directions, DIRECTIONS, "basis")
     fitted = fit_generator(key, generator, samples=samples)
-    metric = sensitivity.mean_metric(jax.random.fold_in(key, 1), generator).astype(np.float32)
+    metric_key = jax.random.fold_in(key, 1)
+    metric = sensitivity.mean_metric(metric_key, generator, samples=metric_samples)
+    metric = metric.astype(np.float32)
     return turn(fitted, metric) if turned else fitted, metric
 
 
@@ -162,26 +166,72 @@ def _sample(key, generator, start):
     return generator.sample(key, _BATCH, start=start)
 
 
-def split(basis: Basis, *, bits: int = 64, shift: int | None = None) -> Space:
+def block(basis: Basis, *, shape: tuple[int, ...], channels: int) -> Basis:
+    """Find the principal directions of the first channels of latents, then those of the others.
+
+    A carrier among the leading directions then lies in those channels alone. The two groups are
+    each uncorrelated, but not with one another.
+
+    Args:
+        basis: of `fit`, orthonormal.
+        shape: of a latent, channels last.
+        channels: how many the leading directions lie in.
+
+    Returns:
+        A basis of all d directions.
+
+    Raises:
+        UserError: no channel is left on either side.
+    """
+    if not 1 <= channels < shape[-1]:
+        raise UserError(f"channels must be 1..{shape[-1] - 1}, or unset; got {channels}.")
+    d = len(basis.mean)
+    rows = np.asarray(basis.components, np.float64) * np.asarray(basis.stddev, np.float64)
+    first = np.arange(d) % shape[-1] < channels
+    components, variances = np.zeros((d, d)), []
+    for chosen, start in ((first, 0), (~first, first.sum())):
+        variance, axes = np.linalg.eigh(rows[chosen] @ rows[chosen].T)
+        components[chosen, start : start + len(variance)] = axes[:, ::-1]
+        variances.append(np.maximum(variance[::-1], 0.0))
+    return Basis(
+        mean=basis.mean,
+        components=jnp.asarray(components * _signs(components), jnp.float32),
+        stddev=jnp.asarray(np.sqrt(np.concatenate(variances)), jnp.float32),
+    )
+
+
+def split(basis: Basis, *, bits: int = 64, shift: int | None = None, repeat: int = 1) -> Space:
     """Take consecutive directions as the carrier.
+
+    A bit that is repeated steps along the sum of directions shift + i, shift + bits + i, ... What
+    latents hold between those, orthogonal to the sum, is nuisance and stays as it is.
 
     Args:
         basis: m directions of latents.
-        bits: k, how many directions carry.
-        shift: the first carrying direction; default m - bits, the last ones.
+        bits: k, how many are carried.
+        shift: the first carrying direction; default m - repeat * bits, the last ones.
+        repeat: directions that carry each bit.
 
     Raises:
         UserError: the carrier would reach outside the basis, or holds nothing.
     """
     m = basis.components.shape[1]
-    bits = operator.index(bits)
+    bits, repeat = operator.index(bits), operator.index(repeat)
     if bits < 1 or bits > m:
         raise UserError(f"bits must be 1..{m}, the latent dim; got {bits}.")
-    shift = m - bits if shift is None else operator.index(shift)
+    if repeat < 1:
+        raise UserError(f"repeat must be >= 1; got {repeat}.")
+    taken = repeat * bits
+    shift = m - taken if shift is None else operator.index(shift)
     if shift < 0:
         raise UserError(f"shift must be >= 0; got {shift}.")
-    if shift + bits > m:
-        raise UserError(f"shift + bits must be <= latent dim; got {shift} + {bits} > {m}.")
+    if shift + taken > m:
+        wide, found = ("shift + bits", f"{bits}") if repeat == 1 else (
+            "shift + repeat * bits", f"{repeat} * {bits}"
+        )  # fmt: skip
+        raise UserError(f"{wide} must be <= latent dim; got {shift} + {found} > {m}.")
+    if repeat > 1:
+        basis = _gather(basis, shift, bits, repeat)
     carries = np.zeros(m, bool)
     carries[shift : shift + bits] = True
     duals = (None, None)
@@ -195,6 +245,29 @@ def split(basis: Basis, *, bits: int = 64, shift: int | None = None) -> Space:
         carrier_stddev=basis.stddev[carries],
         carrier_dual=duals[0],
         nuisance_dual=duals[1],
+    )
+
+
+def _gather(basis, shift, bits, repeat):
+    """Put the sum of each bit's directions at `shift`, what is orthogonal to the sums behind."""
+    turn = helmert(repeat, full=True)  # its first row is the mean, over the root of `repeat`
+    scale = np.where(np.arange(repeat) == 0, repeat**0.5, 1.0)
+    end = shift + repeat * bits
+
+    def mix(columns, matrix):
+        columns = np.array(columns, np.float64)
+        taken = columns[..., shift:end].reshape(*columns.shape[:-1], repeat, bits)
+        mixed = np.einsum("cr,...rk->...ck", matrix, taken)
+        columns[..., shift:end] = mixed.reshape(*columns.shape[:-1], -1)
+        return jnp.asarray(columns, jnp.float32)
+
+    duals = basis.components if basis.duals is None else basis.duals
+    spread = np.square(np.asarray(basis.stddev, np.float64))
+    return Basis(
+        mean=basis.mean,
+        components=mix(basis.components, turn * scale[:, None]),
+        stddev=jnp.sqrt(mix(spread, np.square(turn / scale[:, None]))),
+        duals=mix(duals, turn / scale[:, None]),
     )
 
 

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lfp_jax import attacks, basis, fingerprint, generators
-from lfp_jax.attribution import bank, inversion, least_squares
+from lfp_jax.attribution import bank, encoder, inversion, least_squares
 from lfp_jax.attribution import estimator as learner
 from lfp_jax.errors import UserError, choose
-from lfp_jax.generators import stylegan2, zoo
+from lfp_jax.generators import assemble, ldm, stylegan2, zoo
 from lfp_jax.metrics import features, perceptual
 from lfp_jax.weights import store
 
@@ -28,7 +28,7 @@ REGISTRY = "registry.sqlite"  # of a work folder, unless another one is given
 
 _BATCH = 64
 _NOISES = dict.fromkeys(("constant", "known", "unknown"))
-_ESTIMATORS = dict.fromkeys(("hybrid", "lm", "learned", "adam"))
+_ESTIMATORS = dict.fromkeys(("hybrid", "lm", "learned", "encoder", "adam"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,21 +56,65 @@ def check(config):
     choose(config.noise, _NOISES, "noise")
     choose(config.basis, basis.DIRECTIONS, "basis")
     choose(config.code, fingerprint.CODES, "code")
+    if config.get("channels") is not None and basis.DIRECTIONS[config.basis]:
+        raise UserError(f"channels={config.channels} needs basis=pca; got basis={config.basis}.")
     choose(config.estimator, _ESTIMATORS, "estimator")
     attacks.find(config.attack)
     choose(config.loss, dict.fromkeys(perceptual.NAMES), "loss")
 
 
-def load_generator(source):
-    """Load a generator; "stylegan2-tiny" is one of random weights, for tests."""
-    if source != "stylegan2-tiny":
-        return generators.load(source)
+def load_generator(source, *, sample_steps=None, quantize=True):
+    """Load a generator; "stylegan2-tiny" and "ldm-tiny" are of random weights, for tests.
+
+    Args:
+        source: as `generators.load` takes it, or one of the two.
+        sample_steps: DDIM steps behind a latent of a latent-diffusion model; None: its own number.
+        quantize: whether the decoder of a latent-diffusion model does, where it can.
+    """
+    if source == "stylegan2-tiny":
+        return _tiny_stylegan2(source)
+    generator = _tiny_ldm(source) if source == "ldm-tiny" else generators.load(source)
+    if not isinstance(generator, ldm.LatentDiffusion):
+        return generator
+    steps = generator.sample_steps if sample_steps is None else sample_steps
+    return generator.replace(sample_steps=steps, quantizes=quantize)
+
+
+def _tiny_stylegan2(name):
     arch = stylegan2.Architecture(
         resolution=32, channels=(16, 16, 8, 8), z_dim=32, w_dim=32,
         mapping_layers=2, mapping_width=32,
     )  # fmt: skip
-    generator = stylegan2.random_generator(jax.random.key(0), arch, name=source)
-    return generator.replace(sha256=hashlib.sha256(source.encode()).hexdigest())
+    return _named(stylegan2.random_generator(jax.random.key(0), arch, name=name))
+
+
+def _tiny_ldm(name):
+    networks = {
+        "first_stage": {
+            "embed_dim": 3, "n_embed": 64, "ddconfig": {
+                "double_z": False, "z_channels": 3, "resolution": 8, "in_channels": 3, "out_ch": 3,
+                "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": [],
+                "attn_type": "none",
+            },
+        },
+        "unet": {
+            "image_size": 4, "in_channels": 3, "out_channels": 3, "model_channels": 32,
+            "num_heads": 2, "attention_resolutions": [1], "num_res_blocks": 1, "channel_mult": [1],
+        },
+    }  # fmt: skip
+    generator = assemble.random_latent_diffusion(jax.random.key(0), networks)
+    return _named(generator.replace(name=name))
+
+
+def _named(generator):
+    """Give random weights, which come from no file, a hash of their own."""
+    return generator.replace(sha256=hashlib.sha256(generator.name.encode()).hexdigest())
+
+
+def load_configured(config):
+    """Load the generator of a config, with the options that it may leave out."""
+    options = {"quantize": config.get("quantize", True), "sample_steps": config.get("sample_steps")}
+    return load_generator(config.generator, **options)
 
 
 def prepare(key, config, workdir, *, generator=None, refit=True):
@@ -89,9 +133,9 @@ def prepare(key, config, workdir, *, generator=None, refit=True):
     Raises:
         UserError: no basis that fits, or one that users' keys rest on would be replaced.
     """
-    generator = load_generator(config.generator) if generator is None else generator
+    generator = load_configured(config) if generator is None else generator
     directions, metric = _basis(key, generator, config, Path(workdir), refit)
-    space = basis.split(directions, bits=config.bits, shift=config.shift)
+    space = basis.split(directions, **_carrier(config))
     return Design(generator, metric, space, {"strength": config.strength, "code": config.code})
 
 
@@ -112,12 +156,18 @@ def stored_basis(config, workdir):
     tree, metadata = store.load(basis_path(workdir))
     if any(metadata.get(name) != value for name, value in _settings(config).items()):
         return None
-    space = basis.split(basis.Basis(**tree["basis"]), bits=config.bits, shift=config.shift)
-    return metadata["sha256"], space
+    return metadata["sha256"], basis.split(basis.Basis(**tree["basis"]), **_carrier(config))
+
+
+def _carrier(config):
+    return {"bits": config.bits, "shift": config.shift, "repeat": config.get("repeat", 1)}
 
 
 def _settings(config):
-    return {"directions": config.basis, "samples": config.basis_samples, "seed": config.seed}
+    """Give what a basis depends on besides its generator; some configs leave some of it out."""
+    out = {"directions": config.basis, "samples": config.basis_samples, "seed": config.seed}
+    out |= {name: config.get(name) for name in ("sample_steps", "channels")}
+    return out | {"metric_samples": config.metric_samples, "quantize": config.get("quantize", True)}
 
 
 def _basis(key, generator, config, workdir, refit):
@@ -134,8 +184,12 @@ def _basis(key, generator, config, workdir, refit):
     elif not refit:
         raise UserError(f"There is no basis '{path}': give the --workdir where keys were issued.")
     fitted, metric = basis.measure_generator(
-        key, generator, samples=config.basis_samples, directions=config.basis
-    )
+        key, generator, samples=config.basis_samples, metric_samples=config.metric_samples,
+        directions=config.basis,
+    )  # fmt: skip
+    if config.get("channels") is not None:
+        shape = generator.latent_shape
+        fitted = basis.block(fitted, shape=shape, channels=config.channels)
     arrays = {name: each for name, each in vars(fitted).items() if each is not None}
     store.save(path, {"basis": arrays, "metric": metric}, wanted)
     return fitted, metric
@@ -188,6 +242,8 @@ def estimator(key, design, config):
     if config.estimator == "adam":
         options = config.adam.to_dict() | {"loss": _loss(config.loss)}
         return partial(inversion.adam, **options), 0.0
+    if config.estimator == "encoder":
+        return encoder.encoder, 0.0
     start, network = time.monotonic(), None
     if config.estimator in ("learned", "hybrid"):
         network = _network(design, config)
@@ -221,7 +277,8 @@ def _network(design, config):
             problem = str(error)
     if given or config.estimator == "learned":
         raise UserError(problem)
-    print(f"hybrid: starts from the bank alone. {problem}", file=sys.stderr)
+    start = "the encoder" if encoder.has_encoder(generator) else "the bank alone"
+    print(f"hybrid: starts from {start}. {problem}", file=sys.stderr)
     return None
 
 

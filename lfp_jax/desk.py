@@ -101,7 +101,7 @@ def _doctor(config, workdir, **_):
     _say("machine", f"{os.cpu_count()} cores; JAX on {jax.device_count()} x {devices}")
     _say("versions", ", ".join(f"{name} {each}" for name, each in ownership.versions().items()))
     clock = _Clock()
-    generator = design.load_generator(config.generator)
+    generator = design.load_configured(config)
     _say("generator", f"{generators.describe(generator)}; loaded in {clock()}")
     if not ownership.has_key(config, workdir, user, registry=registry):
         ownership.issue(config, workdir, [user], registry=registry)

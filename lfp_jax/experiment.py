@@ -13,7 +13,7 @@ import numpy as np
 from lfp_jax import attacks, basis, design, fingerprint, generators, images, keys, logs
 from lfp_jax.attribution import inversion, verdict
 from lfp_jax.errors import UserError
-from lfp_jax.generators import stylegan2
+from lfp_jax.generators import stylegan2, zoo
 from lfp_jax.metrics import accuracy, distances, features, perceptual
 from lfp_jax.report import plots
 
@@ -48,7 +48,7 @@ def run(config, workdir):
     fold = [jax.random.fold_in(key, i) for i in _FOLDS]
 
     # --- generator and basis -----------------------------------------------------------------
-    generator = design.load_generator(config.generator)
+    generator = design.load_configured(config)
     print(generators.describe(generator), flush=True)
     point = design.prepare(fold[_BASIS], config, workdir, generator=generator)
     space, mark = point.space, point.mark
@@ -106,7 +106,8 @@ def run(config, workdir):
 
     # --- show ----------------------------------------------------------------------------------
     logs.write_json(workdir / "metrics.json", metrics)
-    rebuilt = design.decode(generator, jnp.asarray(solution.latents))
+    found = solution.latents.reshape(-1, *generator.latent_shape)
+    rebuilt = design.decode(generator, jnp.asarray(found))
     sheet = _sheet(plain, made, *([seen] if attack.steps else []), rebuilt)
     images.write_png(workdir / "grid.png", images.enlarge(sheet, max(1, 96 // made.shape[1])))
     plots.reliability(workdir / "reliability.png", metrics["reliability"])
@@ -161,12 +162,12 @@ def _estimate(estimator, key, makers, point, seen, config):
 def _frechet(fold, point, config):
     """Fréchet distances of fresh plain and fingerprinted images to the reference pictures.
 
-    The demo's reference is the held-out pictures; another generator's is a second set of its own
-    plain images, so that `fd_plain` is then the floor of the distance.
+    The reference of the demos is the held-out pictures; that of another generator a second set of
+    its own plain images, so that `fd_plain` is then the floor of the distance.
     """
     n, classifier = config.fd_images, features.load_classifier()
     generator = point.generator
-    demo = generator.name == "stylegan2-demo"
+    demo = generator.name in zoo.BUNDLED
     latents = basis.sample(fold[_QUALITY], generator, n)
     bits = _draw_bits(fold[_QUALITY_KEYS], n, config.bits)
     groups = [latents, fingerprint.inject(point.space, latents, bits, **point.mark)]

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lfp_jax import basis
+from lfp_jax import basis, fingerprint
 from lfp_jax.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden" / "fingerprint_sg2" / "io.npz"
@@ -106,11 +106,51 @@ def test_split_defaults_to_the_least_variance(fitted):
         ({"bits": 0}, r"bits must be 1..64, the latent dim; got 0\."),
         ({"bits": 65}, r"bits must be 1..64, the latent dim; got 65\."),
         ({"bits": 8, "shift": -1}, r"shift must be >= 0; got -1\."),
+        ({"bits": 8, "repeat": 0}, r"repeat must be >= 1; got 0\."),
+        (
+            {"bits": 16, "shift": 20, "repeat": 3},
+            r"shift \+ repeat \* bits must be <= latent dim; got 20 \+ 3 \* 16 > 64\.",
+        ),
     ],
 )
 def test_split_bounds(fitted, options, message):
     with pytest.raises(UserError, match=message):
         basis.split(fitted, **options)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_repeated_bit_is_carried_by_several_directions(turned):
+    fitted, latents = basis.fit(_latents(400, 24)), _latents(5, 24, seed=7)
+    fitted = basis.turn(fitted, np.diag(np.arange(1.0, 25.0))) if turned else fitted
+    space = basis.split(fitted, bits=4, shift=6, repeat=3)
+    v = np.asarray(fitted.components)
+    for bit in range(4):  # each third direction's step is the same
+        steps = np.linalg.lstsq(v, np.asarray(space.carrier)[:, bit], rcond=None)[0]
+        np.testing.assert_allclose(steps[[6 + bit, 10 + bit, 14 + bit]], 1.0, atol=1e-3)
+        np.testing.assert_allclose(np.abs(steps).sum(), 3.0, atol=2e-2)
+    bits = np.random.default_rng(0).integers(0, 2, (5, 4)).astype(np.uint8)
+    marked = fingerprint.inject(space, latents, bits, strength=2.0)
+    np.testing.assert_array_equal(fingerprint.read(space, marked, strength=2.0), bits)
+    before, after = (fingerprint.whitened_nuisance(space, w) for w in (latents, marked))
+    assert before.shape == (5, 20)
+    np.testing.assert_allclose(before, after, atol=1e-2)
+    # The spread of what a sum measures is the one that is stated.
+    coordinates = fingerprint.carrier_part(space, _latents(400, 24))
+    np.testing.assert_allclose(np.std(coordinates, axis=0, ddof=1), space.carrier_stddev, rtol=1e-3)
+
+
+def test_the_leading_directions_of_a_block_lie_in_its_channels():
+    latents = _latents(400, 24).reshape(400, 2, 4, 3)
+    split = basis.block(basis.fit(latents), shape=(2, 4, 3), channels=1)
+    v = np.asarray(split.components)
+    np.testing.assert_allclose(v.T @ v, np.eye(24), atol=1e-5)
+    assert not v.reshape(2, 4, 3, 24)[:, :, 1:, :8].any()
+    assert not v.reshape(2, 4, 3, 24)[:, :, :1, 8:].any()
+    alone = basis.fit(latents[..., :1])
+    np.testing.assert_allclose(split.stddev[:8], alone.stddev, rtol=1e-3)
+    np.testing.assert_allclose(v.reshape(8, 3, 24)[:, 0, :8], alone.components, atol=1e-3)
+    with pytest.raises(UserError, match=r"channels must be 1..2, or unset; got 3\."):
+        basis.block(basis.fit(latents), shape=(2, 4, 3), channels=3)
 
 
 def test_bad_latents():

@@ -96,6 +96,16 @@ def test_an_attack_comes_between_the_model_and_the_estimator(run, metrics, tmp_p
     assert images.read(tmp_path / "grid.png").shape[0] > images.read(run / "grid.png").shape[0]
 
 
+def test_a_latent_diffusion_model_goes_the_same_way(tmp_path):
+    argv = ["main", "--config=configs/ldm.py:tiny", f"--workdir={tmp_path}"]
+    assert main.main([*argv, "--config.estimator=encoder", "--config.fd_images=0"]) == 0
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found["generator"]["name"] == "ldm-tiny"
+    assert found["generator_evaluations"]["value"] == 2
+    assert 0 <= found["bit_accuracy"]["value"] <= 1
+    assert images.read(tmp_path / "grid.png").ndim == 3
+
+
 def test_random_synthesis_noise_is_each_images_own_and_left_out_where_unknown():
     arch = stylegan2.Architecture(
         resolution=8, channels=(4, 4), z_dim=4, w_dim=4, mapping_layers=1, mapping_width=4
@@ -141,6 +151,7 @@ def test_random_synthesis_noise_is_each_images_own_and_left_out_where_unknown():
         ("basis=sensitivty", "Did you mean 'sensitivity'"),
         ("estimator=learned", "No trained network ships for 'stylegan2-tiny'."),
         ("network=nowhere", "nowhere"),
+        ("estimator=encoder", "'stylegan2-tiny' has no encoder"),
         ("attack=paper:blurr", "Did you mean 'blur'"),
         ("attack=papr:blur", "Did you mean 'paper'"),
         ("loss=lapacian", "Did you mean 'laplacian'"),

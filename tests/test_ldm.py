@@ -5,6 +5,7 @@ last samples); ldm_unet_classes was made by openaimodel.UNetModel of stable-diff
 unet2dcondition by diffusers 0.42.1, both with random weights.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -113,6 +114,30 @@ def test_the_scale_factor_is_divided_out(tiny):
     )
 
 
+def test_patches_become_channels_and_pixels_again(tiny):
+    images = jax.random.normal(jax.random.key(0), (2, 8, 4, 3))
+    folded = first_stage._fold(images, 2)
+    assert folded.shape == (2, 4, 2, 12)
+    np.testing.assert_array_equal(folded[1, 2, 1], images[1, 4:6, 2:4].reshape(-1))
+    np.testing.assert_array_equal(first_stage._unfold(folded, 2), images)
+    plain = tiny.arch.first_stage
+    arch = dataclasses.replace(plain, patch=2)
+    assert arch.factor == 2 * plain.factor
+
+    def both(key, images):
+        z, _ = first_stage.Encoder(arch).init_with_output(key, images)
+        return z, first_stage.Decoder(arch).init_with_output(key, z)[0]
+
+    z, made = jax.eval_shape(both, jax.random.key(0), jnp.zeros((2, 16, 8, 3)))
+    assert (z.shape, made.shape) == ((2, 16 // arch.factor, 8 // arch.factor, 3), (2, 16, 8, 3))
+
+
+def test_the_models_own_number_of_steps_is_the_default(tiny):
+    draw = jax.jit(lambda g, steps: g.sample(jax.random.key(0), 1, steps=steps), static_argnums=1)
+    few = tiny.replace(sample_steps=2)
+    np.testing.assert_array_equal(draw(few, None), draw(tiny, 2))
+
+
 def test_the_gradient_passes_straight_through_the_quantiser():
     codebook = jax.random.normal(jax.random.key(0), (16, 3))
     z = jax.random.normal(jax.random.key(1), (2, 4, 4, 3))
@@ -124,6 +149,14 @@ def test_the_gradient_passes_straight_through_the_quantiser():
     nearest = np.argmin(distances, axis=-1)
     np.testing.assert_array_equal(indices, nearest)
     np.testing.assert_allclose(z_q, codebook[nearest], rtol=1e-5, atol=1e-6)
+
+
+def test_a_generator_says_whether_it_quantises(tiny):
+    z = jax.random.normal(jax.random.key(1), (2, *tiny.latent_shape))
+    smooth = decode(tiny.replace(quantizes=False), z, None)
+    np.testing.assert_array_equal(smooth, decode(tiny, z, False))
+    np.testing.assert_array_equal(decode(tiny, z, None), decode(tiny, z, True))
+    assert np.abs(smooth - decode(tiny, z, True)).max() > 1e-3
 
 
 def test_samples_do_not_depend_on_the_batch(tiny):

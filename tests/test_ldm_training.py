@@ -18,6 +18,7 @@ from lfp_jax.metrics import features
 from lfp_jax.training import diffusion as diffusion_step
 from lfp_jax.training import first_stage as first_step
 from lfp_jax.training import ldm
+from lfp_jax.training.steps import learning_rates
 from lfp_jax.weights import store
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -238,6 +239,9 @@ def test_distances_are_measured_on_the_way_and_at_the_end(tmp_path, monkeypatch)
         ("first_stage", {"channels": (8,) * 5}, "halves 8 4 times"),
         ("first_stage", {"perceptual": 0.1}, "64x64.*got 8x8. Set perceptual=0"),
         ("first_stage", {"fd_every": 2}, "64x64x3.*got 8x8x3"),
+        ("first_stage", {"patch": 3}, "patch must divide the resolution 8; got 3"),
+        ("first_stage", {"patch": 4, "channels": (8, 8, 8)}, "halves 2 2 times"),
+        ("diffusion", {"decay_images": 16}, "more than the 2 steps of warmup; got 16, 2 steps"),
         ("first_stage", {"total_images": 0}, "total_images of the first stage must be >= 1; got 0"),
         ("first_stage", {"batch": 6, "total_images": 6}, "divide evenly.*got 6 over 4"),
         ("diffusion", {"head_dim": 3}, r"head_dim must divide the channels \[8\].*got 3"),
@@ -331,6 +335,13 @@ def test_the_sampler_undoes_what_the_target_says(prediction):
     found = schedules.noise_and_image(target, x, alpha, prediction)
     np.testing.assert_allclose(found[0], noise, atol=1e-4)
     np.testing.assert_allclose(found[1], z, atol=1e-4)
+
+
+def test_rates_rise_then_fall_along_a_cosine():
+    rates = learning_rates(2.0, warmup=4, decay=12)
+    found = [float(rates(step)) for step in (0, 2, 4, 8, 12, 20)]
+    np.testing.assert_allclose(found, [0.0, 1.0, 2.0, 1.0, 0.0, 0.0], atol=1e-6)
+    assert float(learning_rates(2.0, warmup=4, decay=0)(1_000)) == 2.0
 
 
 def test_the_config_fits_the_size_that_ships():

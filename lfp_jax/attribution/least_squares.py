@@ -28,6 +28,7 @@ import numpy as np
 from lfp_jax import sharding
 from lfp_jax.attribution import channel, coordinates, decoding, gauss_newton
 from lfp_jax.attribution.bank import guesses
+from lfp_jax.attribution.encoder import encoder, has_encoder
 from lfp_jax.attribution.estimator import learned
 from lfp_jax.attribution.inversion import Silent, Solution, check, decode_flat
 from lfp_jax.errors import UserError, choose
@@ -377,20 +378,23 @@ def _left_out(frame, rank, size):
 
 
 def hybrid(key, generator, space, images, *, strength, code, estimator=None, **options):
-    """Estimate keys by a trained network, and from there, or what the bank guesses, by `lm`.
+    """Estimate keys in one pass, and from there, or what the bank guesses, by `lm`.
+
+    The pass is a trained network's; without one that of the model's own encoder, if it has one.
 
     Args:
         key, generator, space, images, strength, code: as of `lm`.
-        estimator: a trained `Estimator`; None: only the bank knows a start.
+        estimator: a trained `Estimator`, or None.
         **options: of `lm`.
 
     Returns:
         A Solution; its evaluations are those of both.
     """
     mark = {"strength": strength, "code": code}
-    if estimator is None:
-        return lm(key, generator, space, images, **mark, **options)
     progress = options.get("progress", True)
-    near = learned(key, generator, space, images, estimator=estimator, progress=progress, **mark)
+    once = partial(learned, estimator=estimator) if estimator else encoder
+    if estimator is None and not has_encoder(generator):
+        return lm(key, generator, space, images, **mark, **options)
+    near = once(key, generator, space, images, progress=progress, **mark)
     found = lm(key, generator, space, images, near=near, **mark, **options)
     return found.replace(evaluations=found.evaluations + near.evaluations)

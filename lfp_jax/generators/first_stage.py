@@ -47,11 +47,12 @@ class Architecture:
     post_quant_conv: bool = True
     tanh_out: bool = False
     give_pre_end: bool = False
+    patch: int = 1  # pixels a side that become channels before the encoder, and back at the end
 
     @property
     def factor(self):
         """How many times smaller a latent is than its image, per side."""
-        return 2 ** (len(self.channels) - 1)
+        return self.patch * 2 ** (len(self.channels) - 1)
 
     @property
     def decoded_channels(self):
@@ -117,7 +118,7 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, image):
         arch, last = self.arch, len(self.arch.channels) - 1
-        x = Conv(arch.stem, dtype=self.dtype, name="stem")(image)
+        x = Conv(arch.stem, dtype=self.dtype, name="stem")(_fold(image, arch.patch))
         for i, features in enumerate(arch.channels):
             attends = bool(arch.encoder_attention and arch.encoder_attention[i])
             level = _Level(arch, features, arch.blocks, attends, self.dtype, name=f"down{i}")
@@ -154,8 +155,24 @@ class Decoder(nn.Module):
         if arch.give_pre_end:
             return x.astype(jnp.float32)
         x = nn.silu(GroupNorm(arch.groups, name="norm_out")(x))
-        x = Conv(arch.out_channels, dtype=self.dtype, name="conv_out")(x).astype(jnp.float32)
+        x = Conv(arch.out_channels * arch.patch**2, dtype=self.dtype, name="conv_out")(x)
+        x = _unfold(x.astype(jnp.float32), arch.patch)
         return jnp.tanh(x) if arch.tanh_out else x
+
+
+def _fold(x, size):
+    """Turn size x size pixels of [n, h, w, c] into channels: [n, h / size, w / size, size^2 c]."""
+    n, height, width, channels = x.shape
+    x = x.reshape(n, height // size, size, width // size, size, channels)
+    x = x.transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(*x.shape[:3], size * size * channels)
+
+
+def _unfold(x, size):
+    """Undo `_fold`."""
+    n, height, width, channels = x.shape
+    x = x.reshape(n, height, width, size, size, channels // size**2).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(n, height * size, width * size, -1)
 
 
 def quantize(z, codebook):

@@ -49,7 +49,9 @@ class LatentDiffusion(flax.struct.PyTreeNode):
     arch: Architecture = flax.struct.field(pytree_node=False)
     name: str = flax.struct.field(pytree_node=False, default="ldm")
     sha256: str = flax.struct.field(pytree_node=False, default="")
+    quantizes: bool = flax.struct.field(pytree_node=False, default=True)  # in `decode`, if VQ
     dtype: jnp.dtype = flax.struct.field(pytree_node=False, default=jnp.float32)
+    sample_steps: int = flax.struct.field(pytree_node=False, default=50)  # of `sample`
 
     @property
     def latent_shape(self):
@@ -68,7 +70,7 @@ class LatentDiffusion(flax.struct.PyTreeNode):
         return (side, side, arch.decoded_channels)
 
     def sample(
-        self, key, n, *, start=0, steps=50, eta=1.0, context=None, label=None, null_context=None,
+        self, key, n, *, start=0, steps=None, eta=1.0, context=None, label=None, null_context=None,
         null_label=None, guidance=1.0, progress=None,
     ):  # fmt: skip
         """Draw latents from the prior by DDIM.
@@ -77,7 +79,8 @@ class LatentDiffusion(flax.struct.PyTreeNode):
             key: with it, latent i depends on the global index start + i only.
             n: how many.
             start: global index of the first, so that batches put together equal one large draw.
-            steps, eta, context, label, null_context, null_label, guidance, progress: as `denoise`.
+            steps: as `denoise`; None: `sample_steps` of the model.
+            eta, context, label, null_context, null_label, guidance, progress: as `denoise`.
 
         Returns:
             Latents [n, *latent_shape].
@@ -86,6 +89,7 @@ class LatentDiffusion(flax.struct.PyTreeNode):
             UserError: the model has no UNet, or an option is impossible.
         """
         self._unet()
+        steps = self.sample_steps if steps is None else steps
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(start + jnp.arange(n))
         pairs = jax.vmap(jax.random.split)(keys)
         x = jax.vmap(lambda k: jax.random.normal(k, self.latent_shape))(pairs[:, 0])
@@ -161,12 +165,13 @@ class LatentDiffusion(flax.struct.PyTreeNode):
         alpha = self.alphas_cumprod[t][:, None, None, None]
         return diffusion.noise_and_image(output, x, alpha, self.arch.diffusion.prediction)[0]
 
-    def decode(self, z, *, quantize=True):
+    def decode(self, z, *, quantize=None):
         """Decode latents: scale back, quantise, decode.
 
         Args:
             z: [n, h, w, c]; any size that the network takes.
             quantize: VQ: replace each position by its nearest code; the gradient passes straight.
+                Default: the generator's `quantizes`.
 
         Returns:
             Images [n, H, W, C] float32, nominally in [-1, 1] (not clipped).
@@ -180,6 +185,7 @@ class LatentDiffusion(flax.struct.PyTreeNode):
                 f"z must have shape [n, h, w, {arch.latent_channels}]; got {list(z.shape)}."
             )
         z = z / self.scale_factor + self.shift
+        quantize = self.quantizes if quantize is None else quantize
         if arch.kind == "vq" and quantize:
             z, _ = first_stage.quantize(z, self.codebook)
         return first_stage.Decoder(arch, self.dtype).apply({"params": self.decoder}, z)

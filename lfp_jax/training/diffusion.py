@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from lfp_jax.generators import assemble, ldm, unet
-from lfp_jax.training.steps import average, average_decay, per_example
+from lfp_jax.training.steps import average, average_decay, learning_rates, per_example
 
 
 class State(flax.struct.PyTreeNode):
@@ -34,12 +34,13 @@ class Hyperparameters:
     batch: int
     learning_rate: float
     warmup: int
+    decay: int  # steps
     clip: float
     ema_images: float
 
 
 def _optimizer(hyper):
-    schedule = optax.linear_schedule(0.0, hyper.learning_rate, hyper.warmup)
+    schedule = learning_rates(hyper.learning_rate, warmup=hyper.warmup, decay=hyper.decay)
     return optax.chain(optax.clip_by_global_norm(hyper.clip), optax.adam(schedule, b2=0.99))
 
 

@@ -18,7 +18,7 @@ import optax
 from lfp_jax.generators import assemble, ldm
 from lfp_jax.generators.first_stage import Decoder, Encoder, quantize
 from lfp_jax.metrics import features
-from lfp_jax.training.steps import average, average_decay, from_uint8
+from lfp_jax.training.steps import average, average_decay, from_uint8, learning_rates
 
 _ALIVE = 0.05  # positions of a batch that a code must stand for, on average, to be kept
 
@@ -42,6 +42,7 @@ class Hyperparameters:
     batch: int
     learning_rate: float
     warmup: int
+    decay: int  # steps
     commitment: float
     perceptual: float
     codebook_decay: float
@@ -49,7 +50,7 @@ class Hyperparameters:
 
 
 def _optimizer(hyper):
-    schedule = optax.linear_schedule(0.0, hyper.learning_rate, hyper.warmup)
+    schedule = learning_rates(hyper.learning_rate, warmup=hyper.warmup, decay=hyper.decay)
     return optax.adam(schedule, b1=0.9, b2=0.99)
 
 

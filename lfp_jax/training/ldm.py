@@ -120,8 +120,9 @@ def train(
 
 def plan_first_stage(
     resolution, every, fd_images, *, channels, total_images, blocks=1, codes=1024,
-    latent_channels=3, groups=8, batch=16, learning_rate=1e-3, warmup=200, commitment=0.25,
-    perceptual=0.0, codebook_decay=0.99, ema_images=10_000, fd_every=0,
+    latent_channels=3, groups=8, patch=1, batch=16, learning_rate=1e-3, warmup=200,
+    decay_images=0, commitment=0.25, perceptual=0.0, codebook_decay=0.99, ema_images=10_000,
+    fd_every=0,
 ):  # fmt: skip
     """Plan the first stage.
 
@@ -129,15 +130,17 @@ def plan_first_stage(
         resolution: of the images.
         every: {"log_every", "save_every", "grid_every"}, in steps.
         fd_images: behind a distance.
-        channels: at each level, from the images' resolution on; the next halves it. A multiple of
-            `groups` each.
+        channels: at each level, from the images' resolution, over `patch`, on; the next halves it.
+            A multiple of `groups` each.
         total_images: stop after so many images.
         blocks: residual blocks a level of the encoder; the decoder has one more.
         codes: in the codebook.
         latent_channels: of a latent.
         groups: of the group norms.
+        patch: pixels a side that become channels: fewer places to work at, and much less time.
         batch: images a step.
         learning_rate: of Adam, once `warmup` steps have raised it from 0.
+        decay_images: by then it has fallen back to 0 along a cosine; 0 for no fall.
         commitment: weight of the latents' squared distance to their codes.
         perceptual: weight of the squared difference of the demo classifier's features; 64 x 64
             only.
@@ -153,7 +156,9 @@ def plan_first_stage(
         UserError: sizes or intervals that do not fit.
     """
     label, size = "first stage", (resolution, resolution, 3)
-    _check_channels(channels, groups, resolution, label)
+    _check_patch(patch, resolution)
+    _check_channels(channels, groups, resolution // patch, label)
+    decay = _decay_steps(decay_images, batch, warmup, label)
     output.check_distance(size, fd_every=fd_every, fd_images=fd_images)
     if perceptual and resolution != features.SIZE:
         raise UserError(
@@ -163,21 +168,22 @@ def plan_first_stage(
     first = first_networks.Architecture(
         kind="vq", resolution=resolution, channels=tuple(channels), stem=channels[0],
         z_channels=latent_channels, latent_channels=latent_channels, codes=codes, blocks=blocks,
-        middle_attention=False, resample_conv=False, groups=groups,
+        middle_attention=False, resample_conv=False, groups=groups, patch=patch,
     )  # fmt: skip
     arch = ldm.Architecture(first, None, schedules.Settings(), resolution // first.factor)
     schedule = loop.Schedule(total_images, batch, **every, fd_every=fd_every)
     loop.check(schedule, label=label)
     hyper = first_step.Hyperparameters(
-        arch, batch, learning_rate, warmup, commitment, perceptual, codebook_decay, ema_images
-    )
+        arch, batch, learning_rate, warmup, decay, commitment, perceptual, codebook_decay,
+        ema_images,
+    )  # fmt: skip
     return hyper, schedule
 
 
 def plan_diffusion(
     arch, every, fd_images, *, channels, total_images, sample_steps, blocks=1, attention=(),
     head_dim=32, groups=16, prediction="velocity", batch=64, learning_rate=5e-4, warmup=500,
-    clip=1.0, ema_images=100_000, fd_every=0,
+    decay_images=0, clip=1.0, ema_images=100_000, fd_every=0,
 ):  # fmt: skip
     """Plan the UNet.
 
@@ -196,6 +202,7 @@ def plan_diffusion(
         prediction: "velocity", "noise" or "image".
         batch: latents a step.
         learning_rate: of Adam, once `warmup` steps have raised it from 0.
+        decay_images: by then it has fallen back to 0 along a cosine; 0 for no fall.
         clip: the most that the gradient's norm may be.
         ema_images: half-life of the averaged weights.
         fd_every: steps between distances of samples to the held-out pictures; 0 for none on the
@@ -212,6 +219,7 @@ def plan_diffusion(
         return None, None
     choose(prediction, _PREDICTIONS, "prediction")
     _check_channels(channels, groups, arch.size, label)
+    decay = _decay_steps(decay_images, batch, warmup, label)
     attends = [*attention, *[False] * len(channels)][: len(channels)]
     wide = [width for width, on in zip(channels, attends, strict=True) if on] + [channels[-1]]
     if any(width % head_dim for width in wide):
@@ -237,8 +245,23 @@ def plan_diffusion(
     loop.check(schedule, label=label)
     whole = ldm.Architecture(first, net, settings, arch.size)
     return diffusion_step.Hyperparameters(
-        whole, batch, learning_rate, warmup, clip, ema_images
+        whole, batch, learning_rate, warmup, decay, clip, ema_images
     ), schedule
+
+
+def _check_patch(patch, resolution):
+    if patch < 1 or resolution % patch:
+        raise UserError(f"patch must divide the resolution {resolution}; got {patch}.")
+
+
+def _decay_steps(decay_images, batch, warmup, label):
+    steps = decay_images // batch
+    if decay_images and steps <= warmup:
+        raise UserError(
+            f"decay_images of the {label} must leave more than the {warmup} steps of warmup; "
+            f"got {decay_images}, {steps} steps."
+        )
+    return steps
 
 
 def _check_channels(channels, groups, size, label):

@@ -1,7 +1,8 @@
-"""What the steps of several trainers share: per-example randomness, pixels, moving averages."""
+"""What steps of several trainers share: randomness by example, pixels, rates, moving averages."""
 
 import jax
 import jax.numpy as jnp
+import optax
 
 
 def per_example(key, n, draw):
@@ -21,6 +22,22 @@ def per_example(key, n, draw):
 def from_uint8(u8):
     """Turn uint8 pixels into float32 in [-1, 1], inside a compiled step."""
     return u8.astype(jnp.float32) / 127.5 - 1.0
+
+
+def learning_rates(peak, *, warmup, decay):
+    """Give the schedule of a learning rate: from 0 to its peak, then to 0 along a cosine.
+
+    Args:
+        peak: the highest.
+        warmup: steps to the peak.
+        decay: steps to the end of the cosine, above `warmup`; 0 to stay at the peak.
+
+    Returns:
+        An optax schedule.
+    """
+    if not decay:
+        return optax.linear_schedule(0.0, peak, warmup)
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, decay)
 
 
 def average_decay(step, *, batch, ema_images):

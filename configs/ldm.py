@@ -1,0 +1,61 @@
+"""The main job on a latent-diffusion model: keys in the latents between its sampler and decoder.
+
+    python -m lfp_jax.main --config=configs/ldm.py
+
+With random weights and everything small, for tests (word accuracy means nothing there):
+
+    python -m lfp_jax.main --config=configs/ldm.py:tiny
+
+One pass of the model's own encoder instead of a descent that starts from it:
+
+    python -m lfp_jax.main --config=configs/ldm.py --config.estimator=encoder
+
+The paper's design for latent diffusion: three principal directions of one latent channel a bit, and
+its estimator, which takes hours:
+
+    python -m lfp_jax.main --config=configs/ldm.py:paper --config.images=1
+"""
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+from configs import stylegan2
+from configs.common import parse_arg
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """Describe one design point.
+
+    Args:
+      arg: `tiny` for a random-weight network; `paper` for the published settings.
+    """
+    switches = parse_arg(arg, tiny=False, paper=False)
+    config = stylegan2.get_config()
+    config.generator = "ldm-demo"
+    # A latent costs many passes of the UNet: fewer steps and samples, and a smaller bank.
+    config.sample_steps = 10  # of DDIM
+    config.basis_samples = 1_024
+    config.metric_samples = 512
+    config.images, config.fd_images = 8, 256
+    config.lm.bank = 256
+    config.repeat = 1  # directions that carry each bit
+    config.channels = placeholder(int)  # of the latent, that hold the first directions; unset: all
+    config.quantize = True  # in the decoder, both of the model and of who reads its images
+    if switches.paper:
+        config.estimator, config.code, config.adam.penalty = "adam", "binary", 0.005
+        config.basis, config.channels, config.repeat = "pca", 1, 3
+        config.shift, config.strength = 64, 1.0
+    if switches.tiny:
+        _shrink(config)
+    return config
+
+
+def _shrink(config: ml_collections.ConfigDict) -> None:
+    config.generator = "ldm-tiny"
+    config.sample_steps = 2
+    config.users, config.images = 2, 4
+    config.basis_samples, config.metric_samples = 256, 64
+    config.bits, config.shift = 8, 20
+    config.lm.bank, config.lm.ranks, config.lm.jacobians = 64, (8,), 2
+    config.adam.starts, config.adam.steps = 2, 20
+    config.fd_images = 64
