@@ -40,7 +40,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.lm.bank = 256
     config.repeat = 1  # directions that carry each bit
     config.channels = placeholder(int)  # of the latent, that hold the first directions; unset: all
-    config.quantize = True  # in the decoder, both of the model and of who reads its images
+    # In the decoder, both of the model and of who reads its images. Quantised pictures do not move
+    # with small steps of the latent, so a descent ends at a residual of 0.010, not 0.002 to 0.009;
+    # of a few pictures every word came back without and none with it (bits 1.00 and 0.95), and the
+    # encoder alone read bits to 0.93 and 0.88 (128 pictures). Plain pictures differ by 39 dB.
+    config.quantize = False
     if switches.paper:
         config.estimator, config.code, config.adam.penalty = "adam", "binary", 0.005
         config.basis, config.channels, config.repeat = "pca", 1, 3
