@@ -229,6 +229,16 @@ def _millions(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree)) / 1e6
 
 
+def test_the_bundled_model_samples_and_rebuilds():
+    generator = lfp_jax.load_generator("ldm-demo").replace(sample_steps=5)
+    assert (generator.latent_shape, generator.image_shape) == ((16, 16, 3), (64, 64, 3))
+    z = jax.jit(lambda g: g.sample(jax.random.key(0), 8))(generator)
+    assert 0.7 < float(jnp.std(z)) < 1.3 and abs(float(jnp.mean(z))) < 0.5
+    made = decode(generator, z, True)
+    again = decode(generator, encode(generator, made), True)
+    assert float(jnp.mean(jnp.abs(again - made))) < 0.1 < float(jnp.std(made))
+
+
 def test_ffhq_geometry():
     ddconfig = {
         "double_z": False, "z_channels": 3, "resolution": 256, "in_channels": 3, "out_ch": 3,

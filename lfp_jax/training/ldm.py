@@ -158,7 +158,6 @@ def plan_first_stage(
     label, size = "first stage", (resolution, resolution, 3)
     _check_patch(patch, resolution)
     _check_channels(channels, groups, resolution // patch, label)
-    decay = _decay_steps(decay_images, batch, warmup, label)
     output.check_distance(size, fd_every=fd_every, fd_images=fd_images)
     if perceptual and resolution != features.SIZE:
         raise UserError(
@@ -173,6 +172,7 @@ def plan_first_stage(
     arch = ldm.Architecture(first, None, schedules.Settings(), resolution // first.factor)
     schedule = loop.Schedule(total_images, batch, **every, fd_every=fd_every)
     loop.check(schedule, label=label)
+    decay = _decay_steps(decay_images, batch, warmup, label)
     hyper = first_step.Hyperparameters(
         arch, batch, learning_rate, warmup, decay, commitment, perceptual, codebook_decay,
         ema_images,
@@ -219,7 +219,6 @@ def plan_diffusion(
         return None, None
     choose(prediction, _PREDICTIONS, "prediction")
     _check_channels(channels, groups, arch.size, label)
-    decay = _decay_steps(decay_images, batch, warmup, label)
     attends = [*attention, *[False] * len(channels)][: len(channels)]
     wide = [width for width, on in zip(channels, attends, strict=True) if on] + [channels[-1]]
     if any(width % head_dim for width in wide):
@@ -243,6 +242,7 @@ def plan_diffusion(
     )  # fmt: skip
     schedule = loop.Schedule(total_images, batch, **every, fd_every=fd_every)
     loop.check(schedule, label=label)
+    decay = _decay_steps(decay_images, batch, warmup, label)
     whole = ldm.Architecture(first, net, settings, arch.size)
     return diffusion_step.Hyperparameters(
         whole, batch, learning_rate, warmup, decay, clip, ema_images
