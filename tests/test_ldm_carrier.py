@@ -16,7 +16,8 @@ def _config(**changes):
 
 
 def test_three_directions_of_one_channel_carry_a_bit(tmp_path, monkeypatch):
-    config, generator = _config(), design.load_configured(_config(quantize=False))
+    config = _config(quantize=False)
+    generator = design.load_configured(config)
     assert (generator.sample_steps, generator.quantizes) == (2, False)
     latents = np.random.default_rng(0).normal(size=(200, *generator.latent_shape))
     fitted, metric = basis.fit(latents), np.eye(latents[0].size, dtype=np.float32)
@@ -28,10 +29,9 @@ def test_three_directions_of_one_channel_carry_a_bit(tmp_path, monkeypatch):
     # The stored basis is the turned one, and another setting of the decoder asks for a new one.
     again = design.prepare(jax.random.key(0), config, tmp_path, generator=generator)
     np.testing.assert_array_equal(again.space.carrier, point.space.carrier)
-    other = generator.replace(quantizes=True)
     monkeypatch.setattr(basis, "measure_generator", lambda *args, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        design.prepare(jax.random.key(0), config, tmp_path, generator=other)
+        design.prepare(jax.random.key(0), _config(quantize=True), tmp_path, generator=generator)
 
 
 def test_one_channel_has_no_directions_by_sensitivity():
