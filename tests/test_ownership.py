@@ -75,7 +75,7 @@ def workdir(tmp_path_factory):
     """A folder where alice and bob have keys."""
     workdir = tmp_path_factory.mktemp("owner")
     with pytest.MonkeyPatch.context() as patch:  # the compilation of the true metric takes long
-        patch.setattr(sensitivity, "mean_metric", lambda key, generator: np.eye(32))
+        patch.setattr(sensitivity, "mean_metric", lambda *_, **__: np.eye(32))
         assert ownership.issue(CONFIG, workdir, ["alice", "bob"]) == 2
     return workdir
 
@@ -232,7 +232,7 @@ def test_gather_takes_files_folders_and_patterns_and_stays_inside(tmp_path):
 
 
 def test_issue_is_quick_and_loads_no_generator(workdir, monkeypatch, tmp_path):
-    monkeypatch.setattr(design, "load_generator", lambda _: pytest.fail("loaded"))
+    monkeypatch.setattr(design, "load_generator", lambda *_, **__: pytest.fail("loaded"))
     registry = tmp_path / "copy.sqlite"
     with Registry(workdir / design.REGISTRY) as ledger, Registry(registry, create=True) as copy:
         copy.add_design(ledger.designs()[1])
@@ -310,7 +310,7 @@ def test_another_design_point_than_the_registrys_is_refused(changes, says, workd
 
 def test_another_generator_than_the_registrys_is_refused(workdir, made, monkeypatch):
     other = design.load_generator("stylegan2-tiny").replace(sha256="f" * 64)
-    monkeypatch.setattr(design, "load_generator", lambda _: other)
+    monkeypatch.setattr(design, "load_generator", lambda *_, **__: other)
     with pytest.raises(UserError, match=f"made with sha256 .*, not {'f' * 64}"):
         _attribute(workdir, made["alice"][0])
 
