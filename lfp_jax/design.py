@@ -224,6 +224,17 @@ def decode_one(generator, latent):
     return np.asarray(_decode_batch(generator, jnp.asarray(latent)[None]))[0]
 
 
+def quiet(generator):
+    """Switch off a generator's synthesis noise, for images that were made with another one.
+
+    Raises:
+        UserError: a generator without any.
+    """
+    if not isinstance(generator, stylegan2.StyleGAN2):
+        raise UserError(f"'{generator.name}' has no synthesis noise; noise must be 'constant'.")
+    return generator.replace(noise=jax.tree.map(np.zeros_like, generator.noise))
+
+
 def estimator(key, design, config):
     """Bind the configured estimator to its options.
 

@@ -12,7 +12,6 @@ import numpy as np
 
 from lfp_jax import attacks, basis, design, fingerprint, generators, images, keys, logs
 from lfp_jax.attribution import inversion, verdict
-from lfp_jax.errors import UserError
 from lfp_jax.generators import stylegan2, zoo
 from lfp_jax.metrics import accuracy, distances, features, perceptual
 from lfp_jax.report import plots
@@ -133,8 +132,7 @@ def _makers(key, generator, config):
     """Give the generator of each image, apart in their synthesis noise; None: all have one."""
     if config.noise == "constant":
         return None
-    if not isinstance(generator, stylegan2.StyleGAN2):
-        raise UserError(f"'{generator.name}' has no synthesis noise; noise must be 'constant'.")
+    design.quiet(generator)  # an error where there is no noise
     keys = [jax.random.fold_in(key, i) for i in range(config.images)]
     draw = partial(stylegan2.draw_noise, arch=generator.arch, n=1)
     return [generator.replace(noise=tuple(draw(key))) for key in keys]
@@ -154,8 +152,7 @@ def _estimate(estimator, key, makers, point, seen, config):
         found = [inversion.host(estimator(key, maker, space, x[None], **mark)) for maker, x in rows]
         return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
     if config.noise == "unknown":
-        quiet = jax.tree.map(np.zeros_like, generator.noise)
-        generator = generator.replace(noise=quiet)
+        generator = design.quiet(generator)
     return inversion.host(estimator(key, generator, space, seen, **mark))
 
 

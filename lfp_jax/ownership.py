@@ -262,7 +262,7 @@ class _Court:
         key = jax.random.key(config.seed)
         bound, _ = design.estimator(jax.random.fold_in(key, _BANK), point, config)
         options = {"space": point.space, **point.mark, "progress": False}
-        generator = _quiet(point.generator) if config.noise == "unknown" else point.generator
+        generator = design.quiet(point.generator) if config.noise == "unknown" else point.generator
         key = jax.random.fold_in(key, _ESTIMATE)
         self._estimate = partial(bound, key, generator, **options)
         self._basis = {
@@ -341,18 +341,12 @@ def _decode(key, generator, latents, noise, start):
     """Decode latents start, ... with the stored noise, or each with noise of its own."""
     if noise == "constant":
         return design.decode(generator, latents)
-    _quiet(generator)  # an error where there is no noise
+    design.quiet(generator)  # an error where there is no noise
     made, noise_key = [], jax.random.split(key)[1]
     for i, latent in enumerate(latents, start=start):
         drawn = stylegan2.draw_noise(jax.random.fold_in(noise_key, i), generator.arch, 1)
         made.append(design.decode_one(generator.replace(noise=tuple(drawn)), latent))
     return np.stack(made)
-
-
-def _quiet(generator):
-    if not isinstance(generator, stylegan2.StyleGAN2):
-        raise UserError(f"'{generator.name}' has no synthesis noise; noise must be 'constant'.")
-    return generator.replace(noise=jax.tree.map(np.zeros_like, generator.noise))
 
 
 def _folder_name(user):
