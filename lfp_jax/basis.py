@@ -162,13 +162,15 @@ def ship(key: jax.Array, path: str, generator: Any, *, samples: int, metric_samp
 
 
 def _origin(key, generator, samples, metric_samples):
-    """Give all that principal directions and metric depend on."""
+    """Give all that principal directions and metric depend on.
+
+    But for the quantiser of a latent-diffusion model, which gradients pass as if it were not there.
+    """
     return {
         "kind": "directions",
         "generator": generator.name,
         "sha256": generator.sha256,
         "sample_steps": getattr(generator, "sample_steps", None),
-        "quantizes": getattr(generator, "quantizes", None),
         "key": jax.random.key_data(key).tolist(),
         "samples": samples,
         "metric_samples": metric_samples,
