@@ -20,8 +20,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.basis, config.code, config.estimator = "pca", "binary", "lm"
     config.shift, config.strength = 448, 1.0
     if switches.tiny:
-        config.shift, config.metric_samples, config.lm.jacobians = 24, 64, 1
-        config.decoys = 100
+        config.shift, config.metric_samples, config.decoys = 24, 64, 100
+        config.lm.attack, config.lm.jacobians, config.lm.starts = "none", 1, 1
     return config
 
 
@@ -33,6 +33,6 @@ def sweep(add, arg: str = "") -> None:
       arg: as of `get_config`.
     """
     if parse_arg(arg, tiny=False, small=False).tiny:
-        for attack in ("none", "paper"):
-            add(strength=1.0, attack=attack)
-        add(strength=2.0, bits=4, shift=28, code="antipodal")
+        add(strength=1.0, attack="none")
+        add(strength=2.0, code="antipodal", attack="none")
+        add(strength=2.0, code="antipodal", attack="paper:noise")
