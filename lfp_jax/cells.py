@@ -54,10 +54,13 @@ class Folder:
         except FileNotFoundError:
             return None
 
+    def names(self) -> set[str]:
+        """List the names of the results there are."""
+        return {path.name.removesuffix(".json") for path in (self.path / "cells").glob("*.json")}
+
     def read_all(self) -> list[dict[str, Any]]:
         """Read the results of all cells, those of other sweeps too, by name."""
-        found = sorted((self.path / "cells").glob("*.json"))
-        return [json.loads(path.read_text()) for path in found]
+        return [self.read(name) for name in sorted(self.names())]
 
     def write(self, record: dict[str, Any], *, sheet=None) -> None:
         """Write the result of a cell.

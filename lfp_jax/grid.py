@@ -6,6 +6,7 @@ what happens after the images are made (attack, estimator) are one piece of work
 and one distance.
 """
 
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -21,6 +22,7 @@ from typing import Any
 from lfp_jax import attacks, design, experiment, logs
 from lfp_jax.cells import Folder
 from lfp_jax.errors import UserError, choose
+from lfp_jax.weights import store
 
 _POLL = 2.0  # seconds between looks at what other processes are doing
 _HASH = 16  # hex digits of a name: of a million cells two share one once in 4 x 10^7 grids
@@ -73,7 +75,7 @@ def run(config, workdir, sweep):
     # --- show ----------------------------------------------------------------------------------
     records = folder.read_all()
     folder.write_text("cells.csv", to_csv(records))
-    # (the HTML page of the folder is written here)
+    # The HTML page of the folder is written here.
     print(table(records))
     done, failed = states.count()
     print(f"{done} cells done, {failed} failed: {folder.path}/cells.csv, {folder.path}/cells/")
@@ -172,17 +174,21 @@ class _States:
     """Which cells are left: those without a result, and those that failed in an earlier run."""
 
     def __init__(self, folder, cells):
-        self._folder, self._cells, self._final = folder, cells, {}
+        self._folder, self._final = folder, {}
         self._attempts = {cell.name: _attempts(folder.read(cell.name)) for cell in cells}
+        self.look()
+
+    def look(self):
+        """Look what results there are by now."""
+        there = self._folder.names()
+        for name in self._attempts.keys() & there - self._final.keys():
+            record = self._folder.read(name)
+            failed = _attempts(record) > 0
+            if not failed or _attempts(record) > self._attempts[name]:
+                self._final[name] = failed
 
     def left(self, cells):
-        """List those of some cells that are left, after a look at their files."""
-        for cell in cells:
-            if cell.name not in self._final:
-                record = self._folder.read(cell.name)
-                failed = _attempts(record) > 0
-                if record and (not failed or _attempts(record) > self._attempts[cell.name]):
-                    self._final[cell.name] = failed
+        """List those of some cells that were left at the last look."""
         return [cell for cell in cells if cell.name not in self._final]
 
     def attempts(self, cell):
@@ -203,22 +209,24 @@ def _attempts(record):
 def _work_through(folder, bench, states, cells):
     """Do the cells that are left, and wait for those that others are at."""
     works = [list(group) for _, group in itertools.groupby(cells, lambda cell: cell.work)]
-    done, _ = states.count()
-    with logs.Progress(len(cells), unit="cells", label="grid", start=done) as line:
+    with logs.Progress(len(cells), unit="cells", label="grid", start=sum(states.count())) as line:
         while works := [work for work in works if states.left(work)]:
-            before = states.count()
+            idle = True
             for work in works:
-                claim = folder.claim(work[0].work)
+                claim = folder.claim(work[0].work) if states.left(work) else None
                 if claim is None:
                     continue
                 with claim:
-                    for cell in states.left(work):  # others may just have done some
+                    states.look()  # another process may just have done it
+                    for cell in states.left(work):
                         _do(folder, bench, states, cell)
-                        states.left([cell])
-                        done, failed = states.count()
-                        line.update(done + failed, failed=failed)
-            if states.count() == before:
+                        idle = False
+                        states.look()
+                        line.update(sum(states.count()), failed=states.count()[1])
+            if idle:
                 time.sleep(_POLL)
+                states.look()
+        line.update(len(cells), failed=states.count()[1])
 
 
 def _do(folder, bench, states, cell):
@@ -226,9 +234,7 @@ def _do(folder, bench, states, cell):
     about = {"hash": cell.name, "settings": cell.config.to_dict(), "changes": cell.changes}
     try:
         design.check(cell.config)
-        workdir = folder.basis(_basis_name(cell.config))
-        with folder.wait(f"basis-{_basis_name(cell.config)}"):  # another process may be fitting it
-            bench.prepare(cell.config, workdir)
+        workdir = _prepare(folder, bench, cell.config)
         result = bench.measure(cell.config, workdir)
     except Exception as error:  # whatever it is, other cells may fare better
         if not isinstance(error, UserError):
@@ -241,6 +247,16 @@ def _do(folder, bench, states, cell):
     about |= {"metrics": result.metrics, "reliability": result.reliability}
     about |= {"pictures": f"{cell.name}.png", "rows": list(result.rows)}
     folder.write(about, sheet=experiment.sheet(result.rows))
+
+
+def _prepare(folder, bench, config):
+    """Have the basis of a config fitted, by one process alone, and give its folder."""
+    name = _basis_name(config)
+    workdir = folder.basis(name)
+    there = store.is_store(design.basis_path(workdir))
+    with contextlib.nullcontext() if there else folder.wait(f"basis-{name}"):
+        bench.prepare(config, workdir)
+    return workdir
 
 
 def to_csv(records):
@@ -283,17 +299,17 @@ def table(records):
         rows.append(row)
     whole = [row for row in rows if len(row) == len(rows[0])]
     widths = [max(map(len, column)) for column in zip(*whole, strict=True)]
-    lines = [zip(row, widths, strict=False) for row in rows]
-    return "\n".join(
-        "  ".join(text.ljust(width) for text, width in line).rstrip() for line in lines
-    )
+    lines = [[text.ljust(width) for text, width in zip(row, widths, strict=False)] for row in rows]
+    ends = [row[len(widths) :] for row in rows]
+    return "\n".join("  ".join(line + end).rstrip() for line, end in zip(lines, ends, strict=True))
 
 
 def _figure(entry, interval):
     if entry is None:
         return ""
-    bounds = f" ({entry['low']:.2f}-{entry['high']:.2f})" if interval else ""
-    return f"{entry['value']:.{3 if interval else 4}{'f' if interval else 'g'}}{bounds}"
+    if not interval:
+        return f"{entry['value']:.4g}"
+    return f"{entry['value']:.3f} ({entry['low']:.2f}-{entry['high']:.2f})"
 
 
 def _varying(records):
