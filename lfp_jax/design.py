@@ -78,10 +78,15 @@ def load_generator(source, *, sample_steps=None, quantize=True):
     return generator.replace(sample_steps=steps, quantizes=quantize)
 
 
-def load_configured(config):
-    """Load the generator of a config, with the options that it may leave out."""
+def generator_settings(config):
+    """Give what the generator of a config follows from; some of it a config may leave out."""
     options = {"quantize": config.get("quantize", True), "sample_steps": config.get("sample_steps")}
-    return load_generator(config.generator, **options)
+    return {"source": config.generator} | options
+
+
+def load_configured(config):
+    """Load the generator of a config."""
+    return load_generator(**generator_settings(config))
 
 
 def prepare(key, config, workdir, *, generator=None, refit=True):
@@ -121,7 +126,7 @@ def stored_basis(config, workdir):
     if not store.is_store(basis_path(workdir)):
         return None
     tree, metadata = store.load(basis_path(workdir))
-    if any(metadata.get(name) != value for name, value in _settings(config).items()):
+    if any(metadata.get(name) != value for name, value in basis_settings(config).items()):
         return None
     return metadata["sha256"], basis.split(basis.Basis(**tree["basis"]), **_carrier(config))
 
@@ -130,7 +135,7 @@ def _carrier(config):
     return {"bits": config.bits, "shift": config.shift, "repeat": config.get("repeat", 1)}
 
 
-def _settings(config):
+def basis_settings(config):
     """Give what a basis depends on besides its generator; some configs leave some of it out."""
     out = {"directions": config.basis, "samples": config.basis_samples, "seed": config.seed}
     out |= {name: config.get(name) for name in ("sample_steps", "channels")}
@@ -141,7 +146,7 @@ def _basis(key, generator, config, workdir, refit):
     """Fit the basis and the mean metric, or take those in the workdir if the same made them."""
     path = basis_path(workdir)
     wanted = {"kind": "basis", "generator": generator.name, "sha256": generator.sha256}
-    wanted |= _settings(config)
+    wanted |= basis_settings(config)
     if store.is_store(path):
         tree, metadata = store.load(path)
         if metadata == wanted:
@@ -202,13 +207,14 @@ def quiet(generator):
     return generator.replace(noise=jax.tree.map(np.zeros_like, generator.noise))
 
 
-def estimator(key, design, config):
+def estimator(key, design, config, *, make_bank=bank.make_bank):
     """Bind the configured estimator to its options.
 
     Args:
         key: draws the bank.
         design: a Design.
         config: see configs/stylegan2.py.
+        make_bank: makes the bank, or gives one that it has made before.
 
     Returns:
         A function (key, generator, space, images, *, strength, code) -> Solution, and the seconds
@@ -228,9 +234,7 @@ def estimator(key, design, config):
     if config.estimator == "learned":
         return partial(learner.learned, estimator=network), time.monotonic() - start
     options = config.lm.to_dict()
-    options["bank"] = bank.make_bank(
-        key, design.generator, size=options["bank"], metric=design.metric
-    )
+    options["bank"] = make_bank(key, design.generator, size=options["bank"], metric=design.metric)
     if config.estimator == "lm":
         return partial(least_squares.lm, **options), time.monotonic() - start
     bound = partial(least_squares.hybrid, estimator=network, **options)

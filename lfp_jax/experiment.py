@@ -1,17 +1,18 @@
-"""One design point, top to bottom: generator, basis, keys, images, estimate, measure, show."""
+"""Design points, top to bottom: generator, basis, keys, images, attack, estimate, measure, show."""
 
 import dataclasses
 import importlib.metadata
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lfp_jax import attacks, basis, design, fingerprint, generators, images, keys, logs
-from lfp_jax.attribution import inversion, verdict
+from lfp_jax.attribution import bank, inversion, verdict
 from lfp_jax.generators import stylegan2, zoo
 from lfp_jax.metrics import accuracy, distances, features, perceptual
 from lfp_jax.report import plots
@@ -27,6 +28,9 @@ _FOLDS = range(11)
     _NOISE,
 ) = _FOLDS  # fmt: skip
 
+# Settings of what happens to fingerprinted images later; all others are of the images themselves.
+_LATER = {"attack", "estimator", "network", "loss", "lm", "adam", "decoys"}
+
 
 def run(config, workdir):
     """Run one design point and write metrics.json and pictures into `workdir`.
@@ -35,83 +39,199 @@ def run(config, workdir):
         config: see configs/stylegan2.py.
         workdir: folder for results; a basis it holds is used again if it fits.
 
-    Returns:
-        The metrics, as written.
-
     Raises:
         UserError: a setting out of bounds, or weights that cannot be read.
     """
     workdir = Path(workdir)
     design.check(config)
-    key = jax.random.key(config.seed)
-    fold = [jax.random.fold_in(key, i) for i in _FOLDS]
-
-    # --- generator and basis -----------------------------------------------------------------
-    generator = design.load_configured(config)
-    print(generators.describe(generator), flush=True)
-    point = design.prepare(fold[_BASIS], config, workdir, generator=generator)
-    space, mark = point.space, point.mark
-
-    # --- users, keys, images through 8 bits ----------------------------------------------------
-    # An experiment must be repeatable, so its keys come from the seed; real ones do not.
-    users = _draw_bits(fold[_KEYS], config.users, config.bits)
-    owner = np.arange(config.images) % config.users
-    truth = users[owner]
-    latents = basis.sample(fold[_IMAGES], generator, config.images)
-    marked = fingerprint.inject(space, latents, truth, **mark)
-    makers = _makers(fold[_NOISE], generator, config)
-    plain = images.png_round_trip(_make(makers, generator, latents))
-    made = images.png_round_trip(_make(makers, generator, marked))
-    images.write_pngs(workdir / "images", images.to_uint8(made))
-    issued = {"keys": [keys.to_hex(user) for user in users], "user_of_image": owner}
+    bench = Bench()
+    print(generators.describe(bench.generator(config)), flush=True)
+    marked = bench.marked(config, workdir)
+    images.write_pngs(workdir / "images", images.to_uint8(marked.images))
+    issued = {"keys": [keys.to_hex(user) for user in marked.users], "user_of_image": marked.owner}
     logs.write_json(workdir / "keys.json", issued)
+    result = bench.measure(config, workdir)
+    if attacks.find(config.attack).steps:
+        images.write_pngs(workdir / "attacked", images.to_uint8(result.seen))
+    about = {"settings": config.to_dict()} | about_run(bench.generator(config))
+    record = result.metrics | {"reliability": result.reliability} | about
+    logs.write_json(workdir / "metrics.json", record)
+    images.write_png(workdir / "grid.png", sheet(result.rows))
+    plots.reliability(workdir / "reliability.png", result.reliability)
+    print(table(result.metrics))
+    print(f"Results: {workdir}/metrics.json, pictures: {workdir}/grid.png, {workdir}/images/")
 
-    # --- attack --------------------------------------------------------------------------------
-    attack = attacks.find(config.attack)
-    seen = attacks.apply(fold[_ATTACK], made, attack)
-    if attack.steps:
-        images.write_pngs(workdir / "attacked", images.to_uint8(seen))
 
-    # --- estimate ------------------------------------------------------------------------------
-    estimator, setup_seconds = design.estimator(fold[_BANK], point, config)
-    start = time.monotonic()
-    solution = _estimate(estimator, fold[_ESTIMATE], makers, point, seen, config)
-    seconds = time.monotonic() - start
+@dataclasses.dataclass(frozen=True)
+class Marked:
+    """The fingerprinted images of a design point."""
 
-    # --- measure -------------------------------------------------------------------------------
-    n = config.images
-    ratios = verdict.ratios(solution.soft_bits)
-    decoys = _draw_bits(fold[_DECOYS], config.decoys, config.bits)
-    metrics = {
-        "bit_accuracy": _rate(accuracy.bit_accuracy(solution.bits, truth), n),
-        "word_accuracy": _rate(accuracy.word_accuracy(solution.bits, truth), n),
-        "right_user_first": _rate(accuracy.first_among(ratios, truth, decoys), n)
-        | {"decoys": config.decoys},
-        "psnr": _mean(jax.vmap(perceptual.psnr)(made, plain), unit="dB"),
-        "ssim": _mean(jax.vmap(perceptual.ssim)(made, plain)),
-        "residual": _mean(solution.residual),
-        "generator_evaluations": _mean(solution.evaluations),
-        "seconds_per_image": {"value": seconds / n, "images": n, "setup_seconds": setup_seconds},
-    }
-    if config.fd_images:
-        metrics |= _frechet(fold, point, config)
-    bins = accuracy.reliability(solution.soft_bits, truth)
-    metrics["reliability"] = [dataclasses.asdict(each) for each in bins]
-    metrics |= {
-        "settings": config.to_dict(),
-        "versions": _versions(),
+    users: np.ndarray  # [users, k], their keys
+    owner: np.ndarray  # [n], the user of each image
+    plain: np.ndarray  # [n, H, W, C] in [-1, 1], 8 bits; of the same latents without a key
+    images: np.ndarray  # [n, H, W, C] in [-1, 1], 8 bits
+    makers: list | None  # the generator of each, where they differ
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What was measured at a design point under one attack."""
+
+    metrics: dict[str, dict[str, Any]]  # {quantity: {"value", "low", "high", "images", ...}}
+    reliability: list[dict[str, Any]]  # fields of `accuracy.Bin`
+    seen: np.ndarray  # [n, H, W, C], what the estimator was given
+    rows: dict[str, np.ndarray]  # {what is shown: the first few images [8, H, W, C]}
+
+
+class Bench:
+    """Measures one design point after another, and keeps what the next may share.
+
+    The latest part of each kind is kept: points that need the same should follow one another.
+    """
+
+    def __init__(self):
+        """Keep nothing yet."""
+        self._kept = {}
+
+    def _keep(self, kind, settings, make):
+        """Give the part of a kind, anew where the one kept was made with other settings."""
+        if kind not in self._kept or self._kept[kind][0] != settings:
+            self._kept.pop(kind, None)  # its memory is free before the next one needs it
+            self._kept[kind] = settings, make()
+        return self._kept[kind][1]
+
+    def generator(self, config):
+        """Give the generator of a config."""
+        make = partial(design.load_configured, config)
+        return self._keep("generator", design.generator_settings(config), make)
+
+    def prepare(self, config, workdir):
+        """Give the Design of a config, whose basis is in `workdir`, or will be."""
+        key, generator = _key(config, _BASIS), self.generator(config)
+        make = partial(design.prepare, key, config, workdir, generator=generator)
+        return self._keep("design", point_settings(config) | {"workdir": str(workdir)}, make)
+
+    def marked(self, config, workdir):
+        """Give the fingerprinted images of a config, from files of 8 bits, and their keys."""
+        point = self.prepare(config, workdir)
+        return self._keep("marked", point_settings(config), partial(self._mark, config, point))
+
+    def _mark(self, config, point):
+        # An experiment must be repeatable, so its keys come from the seed; real ones do not.
+        users = _draw_bits(_key(config, _KEYS), config.users, config.bits)
+        owner = np.arange(config.images) % config.users
+        names = ("seed", "images", "noise")
+        settings = design.generator_settings(config) | {name: config[name] for name in names}
+        latents, makers, plain = self._keep("plain", settings, partial(_plain, config, point))
+        with_key = fingerprint.inject(point.space, latents, users[owner], **point.mark)
+        made = images.png_round_trip(_make(makers, point.generator, with_key))
+        return Marked(users, owner, plain, made, makers)
+
+    def measure(self, config, workdir):
+        """Attack, estimate and measure.
+
+        Args:
+            config: see configs/stylegan2.py.
+            workdir: folder of the basis.
+
+        Returns:
+            A Result.
+
+        Raises:
+            UserError: as of `run`.
+        """
+        point, marked = self.prepare(config, workdir), self.marked(config, workdir)
+        n, truth, plain, made = (
+            config.images,
+            marked.users[marked.owner],
+            marked.plain,
+            marked.images,
+        )
+
+        # --- attack ----------------------------------------------------------------------------
+        attack = attacks.find(config.attack)
+        seen = attacks.apply(_key(config, _ATTACK), made, attack)
+
+        # --- estimate --------------------------------------------------------------------------
+        make_bank = partial(self._bank, config)
+        key = _key(config, _BANK)
+        estimator, setup_seconds = design.estimator(key, point, config, make_bank=make_bank)
+        start = time.monotonic()
+        solution = _estimate(estimator, _key(config, _ESTIMATE), marked.makers, point, seen, config)
+        seconds = time.monotonic() - start
+
+        # --- measure ---------------------------------------------------------------------------
+        ratios = verdict.ratios(solution.soft_bits)
+        decoys = _draw_bits(_key(config, _DECOYS), config.decoys, config.bits)
+        metrics = {
+            "bit_accuracy": _rate(accuracy.bit_accuracy(solution.bits, truth), n),
+            "word_accuracy": _rate(accuracy.word_accuracy(solution.bits, truth), n),
+            "right_user_first": _rate(accuracy.first_among(ratios, truth, decoys), n)
+            | {"decoys": config.decoys},
+            "psnr": _mean(jax.vmap(perceptual.psnr)(made, plain), unit="dB"),
+            "ssim": _mean(jax.vmap(perceptual.ssim)(made, plain)),
+            "residual": _mean(solution.residual),
+            "generator_evaluations": _mean(solution.evaluations),
+            "seconds_per_image": {
+                "value": seconds / n, "images": n, "setup_seconds": setup_seconds,
+            },
+        }  # fmt: skip
+        if config.fd_images:
+            make = partial(self._distances, config, point)
+            metrics |= self._keep("distances", point_settings(config), make)
+        bins = accuracy.reliability(solution.soft_bits, truth)
+
+        # --- show ------------------------------------------------------------------------------
+        found = solution.latents[:_COLUMNS].reshape(-1, *point.generator.latent_shape)
+        rows = {"plain": plain, "fingerprinted": made, "difference x 10": (made - plain) * 10.0}
+        rows |= {"attacked": seen} if attack.steps else {}
+        rows |= {"reconstructed": design.decode(point.generator, jnp.asarray(found))}
+        rows = {name: np.clip(row[:_COLUMNS], -1.0, 1.0) for name, row in rows.items()}
+        return Result(metrics, [dataclasses.asdict(each) for each in bins], seen, rows)
+
+    def _bank(self, config, key, generator, *, size, metric):
+        # The metric follows from these settings too, whatever the directions are.
+        names = ("seed", "metric_samples")
+        settings = design.generator_settings(config) | {name: config[name] for name in names}
+        make = partial(bank.make_bank, key, generator, size=size, metric=metric)
+        return self._keep("bank", settings | {"size": size}, make)
+
+    def _distances(self, config, point):
+        """Fréchet distances of fresh plain and fingerprinted images to the reference pictures.
+
+        The reference of the demos is the held-out pictures; that of another generator a second set
+        of its own plain images, so that `fd_plain` is then the floor of the distance.
+        """
+        n, generator = config.fd_images, point.generator
+        settings = design.generator_settings(config) | {"seed": config.seed, "images": n}
+        make = partial(_reference, config, generator)
+        latents, plain, reference, name = self._keep("reference", settings, make)
+        bits = _draw_bits(_key(config, _QUALITY_KEYS), n, config.bits)
+        marked = fingerprint.inject(point.space, latents, bits, **point.mark)
+        note = {"features": features.NAME, "reference": name, "images": n}
+        fd = _frechet(config, _features(generator, marked), reference)
+        return {"fd_plain": plain | note, "fd": fd | note}
+
+
+def point_settings(config):
+    """Give the settings that fingerprinted images follow from: those of a design point."""
+    return {name: value for name, value in config.to_dict().items() if name not in _LATER}
+
+
+def about_run(generator):
+    """Say what figures rest on besides the settings: versions, and the generator."""
+    names = ("jax", "jaxlib", "flax", "numpy")
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in names},
         "generator": {"name": generator.name, "sha256": generator.sha256},
     }
 
-    # --- show ----------------------------------------------------------------------------------
-    logs.write_json(workdir / "metrics.json", metrics)
-    found = solution.latents.reshape(-1, *generator.latent_shape)
-    rebuilt = design.decode(generator, jnp.asarray(found))
-    sheet = _sheet(plain, made, *([seen] if attack.steps else []), rebuilt)
-    images.write_png(workdir / "grid.png", images.enlarge(sheet, max(1, 96 // made.shape[1])))
-    plots.reliability(workdir / "reliability.png", metrics["reliability"])
-    print(table(metrics))
-    print(f"Results: {workdir}/metrics.json, pictures: {workdir}/grid.png, {workdir}/images/")
+
+def sheet(rows):
+    """Lay rows of images out as one picture, uint8 [height, width, 3]."""
+    pictures = np.concatenate(list(rows.values()))
+    columns = len(pictures) // len(rows)
+    return images.enlarge(images.grid(pictures, columns=columns), max(1, 96 // pictures.shape[1]))
 
 
 def table(metrics):
@@ -126,6 +246,18 @@ def table(metrics):
         value = f"{entry['value']:>10.4g}"
         lines.append(f"{name:<24}{value}  {interval:<20}{entry['images']:>7}  {note}".rstrip())
     return "\n".join(lines)
+
+
+def _key(config, fold):
+    return jax.random.fold_in(jax.random.key(config.seed), fold)
+
+
+def _plain(config, point):
+    """Draw latents, the generator of each (None: all have one), and make plain images of them."""
+    generator = point.generator
+    latents = basis.sample(_key(config, _IMAGES), generator, config.images)
+    makers = _makers(_key(config, _NOISE), generator, config)
+    return latents, makers, images.png_round_trip(_make(makers, generator, latents))
 
 
 def _makers(key, generator, config):
@@ -156,37 +288,35 @@ def _estimate(estimator, key, makers, point, seen, config):
     return inversion.host(estimator(key, generator, space, seen, **mark))
 
 
-def _frechet(fold, point, config):
-    """Fréchet distances of fresh plain and fingerprinted images to the reference pictures.
+def _reference(config, generator):
+    """Give latents [n, ...], their plain images' distance, and to what statistics, by name."""
+    n, demo = config.fd_images, generator.name in zoo.BUNDLED
+    draw = partial(basis.sample, _key(config, _QUALITY), generator, n)
+    latents = draw()
+    rows = _features(generator, latents)
+    if demo:
+        reference, name = features.load_reference(), "held-out pictures"
+    else:
+        reference = distances.moments(_features(generator, draw(start=n)))
+        name = "other plain images"
+    return latents, _frechet(config, rows, reference), reference, name
 
-    The reference of the demos is the held-out pictures; that of another generator a second set of
-    its own plain images, so that `fd_plain` is then the floor of the distance.
-    """
-    n, classifier = config.fd_images, features.load_classifier()
-    generator = point.generator
-    demo = generator.name in zoo.BUNDLED
-    latents = basis.sample(fold[_QUALITY], generator, n)
-    bits = _draw_bits(fold[_QUALITY_KEYS], n, config.bits)
-    groups = [latents, fingerprint.inject(point.space, latents, bits, **point.mark)]
-    groups += [] if demo else [basis.sample(fold[_QUALITY], generator, n, start=n)]
-    rows = []
-    with logs.Progress(len(groups) * n, label="distance") as progress:
-        for group in groups:
-            parts = []
-            for start in range(0, n, _BATCH):
-                made = images.to_uint8(design.decode(generator, group[start : start + _BATCH]))
-                parts.append(features.features_in_batches(classifier, _fit(made), batch=_BATCH))
-                progress.update(start + len(rows) * n)
-            rows.append(np.concatenate(parts))
-    reference = features.load_reference() if demo else distances.moments(rows[2])
-    name = "held-out pictures" if demo else "other plain images"
-    note = {"features": features.NAME, "reference": name, "images": n}
-    out = {}
-    for label, found in (("fd_plain", rows[0]), ("fd", rows[1])):
-        distance = distances.frechet_interval(found, reference, key=fold[_BOOTSTRAP], draws=_DRAWS)
-        value = {"value": distance.value, "low": distance.low, "high": distance.high}
-        out[label] = value | note
-    return out
+
+def _features(generator, latents):
+    """Features [n, f] of the images of latents, from 8 bits."""
+    classifier, n, parts = features.load_classifier(), len(latents), []
+    with logs.Progress(n, label="distance") as progress:
+        for start in range(0, n, _BATCH):
+            made = images.to_uint8(design.decode(generator, latents[start : start + _BATCH]))
+            parts.append(features.features_in_batches(classifier, _fit(made), batch=_BATCH))
+            progress.update(min(start + _BATCH, n))
+    return np.concatenate(parts)
+
+
+def _frechet(config, rows, reference):
+    key = _key(config, _BOOTSTRAP)
+    distance = distances.frechet_interval(rows, reference, key=key, draws=_DRAWS)
+    return {"value": distance.value, "low": distance.low, "high": distance.high}
 
 
 def _draw_bits(key, n, bits):
@@ -217,14 +347,3 @@ def _mean(values, **more):
         "high": mean + spread,
         "images": len(values),
     } | more
-
-
-def _sheet(plain, made, *others):
-    """Rows: plain, fingerprinted, difference times ten, attacked if it was, reconstruction."""
-    difference = np.clip((made - plain) * 10.0, -1.0, 1.0)
-    rows = [np.asarray(row)[:_COLUMNS] for row in (plain, made, difference, *others)]
-    return images.grid(np.concatenate(rows), columns=len(rows[0]))
-
-
-def _versions():
-    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}

@@ -41,7 +41,12 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
       path: the file.
       value: anything JSON can say, with arrays and scalars of numpy or jax in it.
     """
-    write_file(path, json.dumps(_plain(value), indent=2) + "\n")
+    write_file(path, to_text(value))
+
+
+def to_text(value: Any) -> str:
+    """Write a value as the text of a JSON file; takes what `write_json` takes."""
+    return json.dumps(_plain(value), indent=2) + "\n"
 
 
 def to_line(value: Any) -> str:

@@ -7,6 +7,9 @@ Usage:
 Modes, by default train for a config that has a task and experiment for any other:
   experiment  one design point, from the generator to metrics.json and a table
                 --config=configs/stylegan2.py --config.strength=2 --config.bits=32
+  grid        every design point of the config's sweep(add), a JSON file each in WORKDIR/cells; goes
+              on where an earlier run stopped; any number of processes may share the work folder
+                --mode=grid --config=configs/stylegan2_grid.py:small
   train       a network, as the config says; goes on where an earlier run stopped
                 --config=configs/train_estimator.py
   convert     a foreign checkpoint (rosinality .pt, NVlabs .pkl) to the native store
@@ -113,7 +116,7 @@ def _dispatch(flags, paths) -> int:
         raise UserError("--config=FILE is missing, e.g. --config=configs/stylegan2.py. See --help.")
     task = config.get("task")
     expected = "train" if task else "experiment"
-    if mode not in (None, expected) and (task or mode not in options.OWNERSHIP):
+    if mode not in (None, expected) and (task or mode not in ("grid", *options.OWNERSHIP)):
         raise UserError(f"--mode={mode} does not fit this config; it is for --mode={expected}.")
     name = flags["config"].config_filename.partition(":")[0]
     workdir = Path(flags.workdir or Path("runs") / Path(name).stem)
@@ -128,6 +131,9 @@ def _dispatch(flags, paths) -> int:
         given = {name: flags[name].value for name in _OWNERSHIP_FLAGS}
         given |= {"paths": paths, "form": flags.format}
         return importlib.import_module("lfp_jax.desk").run(mode, config, workdir, **given)
+    if mode == "grid":  # its folder may be a bucket's, which Path would spoil
+        place = flags.workdir or workdir
+        return importlib.import_module("lfp_jax.grid").run(config, place, options.sweep(flags))
     return importlib.import_module("lfp_jax.experiment").run(config, workdir) or 0
 
 

@@ -1,6 +1,9 @@
 """The command line: flags and config overrides, with every mistake said in one line."""
 
+import inspect
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from absl import flags
@@ -9,8 +12,9 @@ from ml_collections import config_flags
 from lfp_jax.errors import UserError, did_you_mean
 
 OWNERSHIP = ("issue", "generate", "attribute", "doctor")
-MODES = ("experiment", "train", "convert", *OWNERSHIP)
+MODES = ("experiment", "grid", "train", "convert", *OWNERSHIP)
 
+_MODULE = "config_config"  # the one that a config file is loaded into
 _KEYED = ("issue", "generate", "attribute")
 # Flags that mean something in some modes only, and in which.
 _BELONG = {
@@ -48,12 +52,32 @@ def parse(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     return values, unnamed
 
 
+def sweep(values: flags.FlagValues) -> Callable[[Callable[..., None]], None]:
+    """Give the function sweep(add) of the config file, with the switches of the config.
+
+    Args:
+      values: the flags of `parse`.
+
+    Returns:
+      A function of `add`; a sweep(add, arg) is given the text that get_config(arg) was.
+
+    Raises:
+      UserError: the file has none.
+    """
+    path, _, arg = values["config"].config_filename.partition(":")
+    function = getattr(sys.modules[_MODULE], "sweep", None)
+    if function is None:
+        raise UserError(f"'{path}' has no sweep(add), which --mode=grid needs.")
+    takes_arg = len(inspect.signature(function).parameters) > 1
+    return partial(function, arg=arg) if takes_arg else function
+
+
 def _read(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     # A set of flags of its own, not the global one, so that this can be called more than once.
     values = flags.FlagValues()
     values.set_gnu_getopt(True)  # flags may follow the paths
     # A config file is loaded into this module; names of an earlier one must not live on in it.
-    sys.modules.pop("config_config", None)
+    sys.modules.pop(_MODULE, None)
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     flags.DEFINE_enum("mode", None, MODES, "what to do", flag_values=values)
     for name in ("workdir", "source", "target", "coordinator", "user", "registry", "export"):

@@ -17,10 +17,10 @@ CONFIGS = [
 ORDER = [
     "images", "weights", "generators", "sensitivity", "basis", "fingerprint", "keys", "registry",
     "attacks", "metrics", "attribution", "report", "training", "design", "enrolment", "ownership",
-    "desk", "experiment", "grid", "options", "main",
+    "desk", "experiment", "cells", "grid", "options", "main",
 ]  # fmt: skip
 LEAVES = {"errors", "files", "sharding", "logs"}  # imported by all, and import one another only
-DISK = {"files", "weights", "images", "registry", "logs", "report", "training.data"}
+DISK = {"files", "weights", "images", "registry", "logs", "report", "training.data", "cells"}
 SEE_CONFIGS = {"design", "enrolment", "ownership", "desk", "experiment", "grid", "options", "main"}
 
 # Options that the stable names of the design let callers give by position.

@@ -1,0 +1,65 @@
+"""The paper's design space on the demo: strength, shift, bits and code, clean and under attacks.
+
+    python -m lfp_jax.main --mode=grid --config=configs/stylegan2_grid.py
+
+One factor at a time about the paper's own point (principal directions, shift d - k = 448, 64 bits,
+strength 1, code `binary`), and the carriers of the main job at three strengths for comparison: 21
+design points, each under `none` and the four attacks of `paper`, 105 cells.
+"""
+
+import ml_collections
+
+from configs import stylegan2
+from configs.common import parse_arg
+
+_LATENT_DIM = 512
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """Describe the design point that the sweep changes.
+
+    Args:
+      arg: `small` for two strengths and few images; `tiny` for a random-weight network.
+    """
+    switches = parse_arg(arg, tiny=False, small=False)
+    config = stylegan2.get_config("tiny" if switches.tiny else "")
+    config.basis, config.shift, config.strength, config.code = "pca", 448, 1.0, "binary"
+    config.estimator = "lm"
+    config.users, config.images, config.fd_images = 24, 24, 1_000
+    config.lm.update(bank=2_048, free=256, ranks=(64,), jacobians=1, starts=1)
+    if switches.small:
+        config.users, config.images, config.fd_images, config.metric_samples = 4, 4, 256, 512
+    if switches.tiny:
+        config.shift, config.metric_samples, config.decoys = 24, 64, 100
+        config.users, config.images, config.fd_images = 2, 4, 64
+        config.lm.update(attack="none", bank=256, free=32, ranks=(8,), jacobians=1, starts=1)
+    return config
+
+
+def sweep(add, arg: str = "") -> None:
+    """Add the design points, each clean and under the attacks of the paper.
+
+    Args:
+      add: called with the fields to change, once a design point.
+      arg: as of `get_config`.
+    """
+    switches = parse_arg(arg, tiny=False, small=False)
+    points, suites = _points(), ("none", "paper")
+    if switches.small:
+        points = [{"strength": strength} for strength in (0.5, 2.0)]
+    if switches.tiny:
+        points = [{"strength": 1.0}, {"strength": 2.0, "code": "antipodal"}]
+        suites = ("none", "paper:noise")
+    for point in points:
+        for suite in suites:
+            add(**point, attack=suite)
+
+
+def _points():
+    codes, strengths = ("binary", "antipodal"), (0.25, 0.5, 1.0, 2.0, 4.0, 6.0)
+    points = [{"code": code, "strength": strength} for code in codes for strength in strengths]
+    points += [{"shift": shift} for shift in (0, 128, 256)]
+    points += [{"bits": bits, "shift": _LATENT_DIM - bits} for bits in (32, 96, 128)]
+    # A step of these directions is a standard deviation of the prior, not a unit of the latent.
+    main_job = {"basis": "sensitivity", "shift": 64, "code": "antipodal"}
+    return points + [main_job | {"strength": strength} for strength in (1.0, 2.0, 4.0)]
