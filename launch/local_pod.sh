@@ -20,7 +20,8 @@ case $n in '' | *[!0-9]* | 0*)
   exit 2 ;;
 esac
 shift
-[ $# -gt 0 ] || set -- --config=configs/train_estimator.py:tiny --workdir=runs/local_pod
+few=(--config=configs/train_estimator.py:tiny --config.metric_samples=64)
+[ $# -gt 0 ] || set -- "${few[@]}" --workdir=runs/local_pod
 python=${PYTHON:-python3}
 alone=("$python" -m lfp_jax.main "$@")
 free='import socket; print(socket.create_server(("localhost", 0)).getsockname()[1])'
