@@ -28,7 +28,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.users, config.images, config.fd_images = 24, 24, 1_000
     config.lm.update(bank=2_048, free=256, ranks=(64,), jacobians=1, starts=1)
     if switches.small:
-        config.users, config.images, config.fd_images, config.metric_samples = 4, 4, 256, 512
+        config.users, config.images, config.fd_images = 4, 4, 256
     if switches.tiny:
         config.shift, config.metric_samples, config.decoys = 24, 64, 100
         config.users, config.images, config.fd_images = 2, 4, 64
