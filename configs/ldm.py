@@ -43,7 +43,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.metric_samples = 4_096
     config.images, config.fd_images = 8, 256
     config.lm.bank = 256
-    config.shift = 48
+    config.shift, config.strength = 48, 5.0
     config.repeat = 1  # directions that carry each bit
     config.channels = placeholder(int)  # of the latent, that hold the first directions; unset: all
     # In the decoder, both of the model and of who reads its images; as published models do.
