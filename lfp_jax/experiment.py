@@ -141,12 +141,8 @@ class Bench:
             UserError: as of `run`.
         """
         point, marked = self.prepare(config, workdir), self.marked(config, workdir)
-        n, truth, plain, made = (
-            config.images,
-            marked.users[marked.owner],
-            marked.plain,
-            marked.images,
-        )
+        n, truth = config.images, marked.users[marked.owner]
+        plain, made = marked.plain, marked.images
 
         # --- attack ----------------------------------------------------------------------------
         attack = attacks.find(config.attack)
