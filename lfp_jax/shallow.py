@@ -1,0 +1,122 @@
+"""Shallow fingerprints, the baseline (Kim et al. 2021, arXiv 2010.13974): a key a user, in pixels.
+
+A user's pictures are g(w) + strength * phi / |phi| with phi a key of as many values as an image has,
+and f(x) = sign(phi . x) tells them from all others: a linear classifier. There are no bits; a key
+is attributed where its own classifier alone says yes. Formulas are those of the published code
+(new_key_generation.py) with the sign of phi turned, so that a user's pictures are positive. The
+published user models are trained towards g(w) + strength * phi by first order; here the sum is made.
+
+Images are [n, H, W, C], nominally in [-1, 1]; computed in float32 at HIGHEST precision.
+"""
+
+from functools import partial
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lfp_jax.errors import UserError
+from lfp_jax.logs import Progress
+
+_matmul = partial(jnp.matmul, precision="highest")
+
+
+@flax.struct.dataclass
+class Keys:
+    """Trained keys, and what their classifiers say of pictures without one."""
+
+    directions: jax.Array  # [users, pixels], of length 1
+    mean: jax.Array  # [users], of phi . x over plain pictures
+    stddev: jax.Array  # [users]
+
+
+def train(
+    key: jax.Array, images: np.ndarray, *, users: int, epochs: int = 10, steps: int = 500,
+    batch: int = 64, learning_rate: float = 1e-3, decay: float = 0.6,
+) -> Keys:  # fmt: skip
+    """Train keys one after the other, as published.
+
+    Key i minimises 2 E max(0, 1 + phi . x) + sum over j < i of |phi_j . phi|: pictures without a
+    key come out negative, and keys are orthogonal. The published hinge is that of real pictures
+    plus that of the model's; with the model's alone it counts twice. Adam from N(0, I), the
+    learning rate falling by `decay` an epoch.
+
+    Args:
+        key: draws starts and batches.
+        images: plain pictures [n, H, W, C].
+        users: how many keys.
+        epochs, steps, batch, learning_rate, decay: of the training; steps are those of an epoch.
+
+    Raises:
+        UserError: fewer than 1 user, or no images.
+    """
+    if users < 1 or not len(images):
+        raise UserError(f"Keys need users >= 1 and images; got {users} and {len(images)}.")
+    rows = jnp.asarray(images, jnp.float32).reshape(len(images), -1)
+    found = jnp.zeros((users, rows.shape[1]))
+    options = {"epochs": epochs, "steps": steps, "batch": batch}
+    with Progress(users, unit="keys", label="shallow") as progress:
+        for user in range(users):
+            own = jax.random.fold_in(key, user)
+            one = _train_one(own, rows, found, learning_rate, decay, **options)
+            found = found.at[user].set(one)
+            progress.update(user + 1)
+    directions = found / jnp.linalg.norm(found, axis=1, keepdims=True)
+    plain = _matmul(rows, directions.T)
+    return Keys(directions, plain.mean(axis=0), plain.std(axis=0))
+
+
+@partial(jax.jit, static_argnames=("epochs", "steps", "batch"))
+def _train_one(key, rows, others, learning_rate, decay, *, epochs, steps, batch):
+    """Train one key [pixels]; `others` [users, pixels] are zero where there is none yet."""
+    optimizer = optax.adam(lambda step: learning_rate * decay ** (step // steps))
+
+    def loss(phi, picked):
+        hinge = jnp.mean(jax.nn.relu(1.0 + _matmul(picked, phi)))
+        return 2.0 * hinge + jnp.sum(jnp.abs(_matmul(others, phi)))
+
+    def step(carry, i):
+        phi, state = carry
+        picked = rows[jax.random.randint(jax.random.fold_in(key, i), (batch,), 0, len(rows))]
+        updates, state = optimizer.update(jax.grad(loss)(phi, picked), state)
+        return (optax.apply_updates(phi, updates), state), None
+
+    # No batch has this number.
+    start = jax.random.normal(jax.random.fold_in(key, epochs * steps), (rows.shape[1],))
+    carry = (start, optimizer.init(start))
+    return jax.lax.scan(step, carry, jnp.arange(epochs * steps))[0][0]
+
+
+def mark(keys: Keys, images: np.ndarray, user: np.ndarray, *, strength: float) -> jax.Array:
+    """Fingerprint images: x + strength phi / |phi|.
+
+    Args:
+        keys: of `train`.
+        images: plain pictures [n, H, W, C].
+        user: row of each image's key, [n].
+        strength: length of what is added; over all pixels, not of one.
+
+    Returns:
+        float32 of the same shape, not clipped.
+    """
+    images = jnp.asarray(images, jnp.float32)
+    return images + strength * keys.directions[jnp.asarray(user)].reshape(images.shape)
+
+
+def scores(keys: Keys, images: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Ask every user's classifier about every image.
+
+    Args:
+        keys: of `train`.
+        images: [n, H, W, C].
+
+    Returns:
+        phi . x / |phi|, [n, users], positive for yes; and the same in standard deviations from the
+        mean of plain pictures, which can be compared between users.
+    """
+    rows = jnp.asarray(images, jnp.float32).reshape(len(images), -1)
+    raw = _matmul(rows, keys.directions.T)
+    spread = jnp.maximum(keys.stddev, jnp.finfo(jnp.float32).tiny)
+    return raw, (raw - keys.mean[None]) / spread[None]
