@@ -32,8 +32,8 @@ ATTACKS = (
     "none", "paper:noise", "paper:blur", "paper:jpeg", "paper:combination",
     "paper-history:crop", "paper-history:blur",
 )  # fmt: skip
-_TUNING = 32  # pictures behind a strength
-_HALVINGS = 14
+_TUNING = 16  # pictures behind a strength
+_HALVINGS = 12
 _DRAWS = 100  # bootstrap draws of a distance
 _MOST_BITS = 64
 # Everything random comes from one of these folds of the seed.
@@ -85,12 +85,13 @@ class BlindWatermark:
         """Draw a key of bits a user."""
         try:
             import blind_watermark
+            from blind_watermark import bwm_core
         except ImportError:
             raise UserError(
                 "blind-watermark is not installed: pip install .[bench], or --methods shallow."
             ) from None
         blind_watermark.bw_notes.close()  # no greeting
-        self._make = blind_watermark.WaterMark
+        self._make, self._decide = blind_watermark.WaterMark, bwm_core.one_dim_kmeans
         height, width, channels = generator.image_shape
         self.bits = min(_MOST_BITS, (height // 8) * (width // 8) - 1)
         if channels != 3 or self.bits < 1:
@@ -122,9 +123,11 @@ class BlindWatermark:
         hard, soft = [], []
         for picture in map(_to_bgr, seen):
             tool = self._tool(strength)
+            tool.wm_size = self.bits
+            found = tool.bwm_core.extract(picture, self.bits)
             with np.errstate(all="ignore"):  # the mean of no block, where all say the same
-                hard.append(tool.extract(embed_img=picture, wm_shape=self.bits, mode="bit"))
-            soft.append(tool.extract_decrypt(tool.bwm_core.extract(picture, self.bits)))
+                hard.append(tool.extract_decrypt(self._decide(found)))
+            soft.append(tool.extract_decrypt(found))
         truth, hard = self.keys[user], np.stack(hard)
         first = accuracy.first_among(np.stack(soft) - 0.5, truth, self._decoys)
         return {

@@ -1,10 +1,10 @@
-"""Shallow fingerprints, the baseline (Kim et al. 2021, arXiv 2010.13974): a key a user, in pixels.
+"""Shallow fingerprints, the baseline of Kim et al. 2021 (arXiv 2010.13974): pixel keys.
 
-A user's pictures are g(w) + strength * phi / |phi| with phi a key of as many values as an image has,
-and f(x) = sign(phi . x) tells them from all others: a linear classifier. There are no bits; a key
-is attributed where its own classifier alone says yes. Formulas are those of the published code
-(new_key_generation.py) with the sign of phi turned, so that a user's pictures are positive. The
-published user models are trained towards g(w) + strength * phi by first order; here the sum is made.
+A user's pictures are g(w) + strength * phi / |phi|, phi a key of as many values as an image, and
+f(x) = sign(phi . x) tells them from all others: a linear classifier. There are no bits; a picture
+is attributed where its own key's classifier alone says yes. Formulas are those of the published
+code (new_key_generation.py) with the sign of phi turned, so that a user's pictures are positive.
+There a user's model is trained towards such a sum; here the sum is made.
 
 Images are [n, H, W, C], nominally in [-1, 1]; computed in float32 at HIGHEST precision.
 """
@@ -45,15 +45,17 @@ def train(
 
     Args:
         key: draws starts and batches.
-        images: plain pictures [n, H, W, C].
+        images: plain pictures [n, H, W, C], in no order: a batch is a run of neighbours.
         users: how many keys.
         epochs, steps, batch, learning_rate, decay: of the training; steps are those of an epoch.
 
     Raises:
-        UserError: fewer than 1 user, or no images.
+        UserError: fewer than 1 user, or fewer images than a batch.
     """
-    if users < 1 or not len(images):
-        raise UserError(f"Keys need users >= 1 and images; got {users} and {len(images)}.")
+    if users < 1 or len(images) < batch:
+        raise UserError(
+            f"Keys need users >= 1 and images >= {batch}; got {users} and {len(images)}."
+        )
     rows = jnp.asarray(images, jnp.float32).reshape(len(images), -1)
     found = jnp.zeros((users, rows.shape[1]))
     options = {"epochs": epochs, "steps": steps, "batch": batch}
@@ -79,7 +81,8 @@ def _train_one(key, rows, others, learning_rate, decay, *, epochs, steps, batch)
 
     def step(carry, i):
         phi, state = carry
-        picked = rows[jax.random.randint(jax.random.fold_in(key, i), (batch,), 0, len(rows))]
+        first = jax.random.randint(jax.random.fold_in(key, i), (), 0, len(rows) - batch + 1)
+        picked = jax.lax.dynamic_slice_in_dim(rows, first, batch)  # no gather, slow on CPU
         updates, state = optimizer.update(jax.grad(loss)(phi, picked), state)
         return (optax.apply_updates(phi, updates), state), None
 
