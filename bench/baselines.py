@@ -20,6 +20,7 @@ Pictures go through 8-bit PNG, then each attack, then the detector, which is not
 
 import argparse
 import hashlib
+import warnings
 
 import jax
 import numpy as np
@@ -125,7 +126,9 @@ class BlindWatermark:
             tool = self._tool(strength)
             tool.wm_size = self.bits
             found = tool.bwm_core.extract(picture, self.bits)
-            with np.errstate(all="ignore"):  # the mean of no block, where all say the same
+            with warnings.catch_warnings(), np.errstate(all="ignore"):
+                # The mean of no block, where all say the same.
+                warnings.simplefilter("ignore", RuntimeWarning)
                 hard.append(tool.extract_decrypt(self._decide(found)))
             soft.append(tool.extract_decrypt(found))
         truth, hard = self.keys[user], np.stack(hard)
