@@ -19,12 +19,12 @@ Pictures go through 8-bit PNG, then each attack, then the detector, which is not
 """
 
 import argparse
-import hashlib
 import warnings
 
 import jax
 import numpy as np
 
+from bench.rows import draw_bits, line, mean, rate, row
 from lfp_jax import attacks, basis, design, images, logs, shallow
 from lfp_jax.errors import UserError, choose
 from lfp_jax.metrics import accuracy, distances, features, perceptual
@@ -71,9 +71,9 @@ class Shallow:
         truth, best = users == user[:, None], users == standard.argmax(axis=1)[:, None]
         note = {"users": raw.shape[1]}
         return {
-            "word_accuracy": _rate(accuracy.word_accuracy(raw > 0.0, truth))
+            "word_accuracy": rate(accuracy.word_accuracy(raw > 0.0, truth))
             | {"note": "no bits: the own key's classifier alone says yes"} | note,
-            "right_user_first": _rate(accuracy.word_accuracy(best, truth)) | note,
+            "right_user_first": rate(accuracy.word_accuracy(best, truth)) | note,
         }  # fmt: skip
 
 
@@ -99,8 +99,8 @@ class BlindWatermark:
             raise UserError(
                 f"blind-watermark needs RGB of 16 x 16 or more; got {generator.image_shape}."
             )
-        self.keys = _draw_bits(fold[_KEYS], options.users, self.bits)
-        self._decoys = _draw_bits(fold[_DECOYS], options.decoys, self.bits)
+        self.keys = draw_bits(fold[_KEYS], options.users, self.bits)
+        self._decoys = draw_bits(fold[_DECOYS], options.decoys, self.bits)
         self.settings = {"bits": self.bits, "version": blind_watermark.__version__}
 
     def _tool(self, strength):
@@ -134,9 +134,9 @@ class BlindWatermark:
         truth, hard = self.keys[user], np.stack(hard)
         first = accuracy.first_among(np.stack(soft) - 0.5, truth, self._decoys)
         return {
-            "bit_accuracy": _rate(accuracy.bit_accuracy(hard, truth)),
-            "word_accuracy": _rate(accuracy.word_accuracy(hard, truth)),
-            "right_user_first": _rate(first) | {"decoys": len(self._decoys)},
+            "bit_accuracy": rate(accuracy.bit_accuracy(hard, truth)),
+            "word_accuracy": rate(accuracy.word_accuracy(hard, truth)),
+            "right_user_first": rate(first) | {"decoys": len(self._decoys)},
         }
 
 
@@ -158,8 +158,8 @@ def measure(options):
         strength = _strength(method, plain[:_TUNING], user[:_TUNING], options.psnr)
         made = images.png_round_trip(method.mark(plain, user, strength))
         common = {
-            "psnr": _mean(jax.vmap(perceptual.psnr)(made, plain)) | {"unit": "dB"},
-            "ssim": _mean(jax.vmap(perceptual.ssim)(made, plain)),
+            "psnr": mean(jax.vmap(perceptual.psnr)(made, plain), unit="dB"),
+            "ssim": mean(jax.vmap(perceptual.ssim)(made, plain)),
         }
         if judged is not None:
             common |= judged.measure(method, strength, options.users)
@@ -171,7 +171,8 @@ def measure(options):
         for attack in options.attacks:
             seen = attacks.apply(fold[_ATTACK], made, attacks.find(attack))
             metrics = method.measure(seen, user, strength) | common
-            rows.append(_row(settings | {"attack": attack}, metrics))
+            changes = ("method", "attack", "psnr")
+            rows.append(row(settings | {"attack": attack}, metrics, changes=changes))
             print(line(rows[-1]), flush=True)
     return rows
 
@@ -213,38 +214,6 @@ class _Distances:
         user = np.arange(len(self._plain)) % users
         made = method.mark(images.from_uint8(self._plain), user, strength)
         return {"fd": self._distance(images.to_uint8(made)), "fd_plain": self._of_plain}
-
-
-def _row(settings, metrics):
-    """Give a row its name: the hash of its settings."""
-    digest = hashlib.sha256(logs.to_line(settings).encode()).hexdigest()[:16]
-    changes = {name: settings[name] for name in ("method", "attack", "psnr")}
-    return {"hash": digest, "settings": settings, "changes": changes, "metrics": metrics}
-
-
-def line(row):
-    """Lay a row out as a line of text."""
-    changes, metrics = row["changes"], row["metrics"]
-    parts = [f"{changes['method']:<16}{changes['attack']:<20}"]
-    for name in ("psnr", "fd", "bit_accuracy", "word_accuracy", "right_user_first"):
-        if name in metrics:
-            entry = metrics[name]
-            parts.append(f"{name} {entry['value']:.3f} ({entry['low']:.3f} - {entry['high']:.3f})")
-    return "  ".join(parts)
-
-
-def _rate(rate):
-    return {"value": rate.value, "low": rate.low, "high": rate.high, "images": rate.n}
-
-
-def _mean(values):
-    values = np.asarray(values, np.float64)
-    mean, spread = float(values.mean()), 1.96 * float(values.std()) / len(values) ** 0.5
-    return {"value": mean, "low": mean - spread, "high": mean + spread, "images": len(values)}
-
-
-def _draw_bits(key, n, bits):
-    return np.asarray(jax.random.bernoulli(key, 0.5, (n, bits)), np.uint8)
 
 
 def _to_bgr(picture):
