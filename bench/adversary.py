@@ -93,8 +93,8 @@ class Scene:
         return self.make(self.mark(self.latents, self.key_of(away)))
 
 
-# An attack gives the pictures, those that were attacked, and places after the owner: of the users to
-# whom the pictures belong, and of the target, if there is one.
+# An attack gives the pictures, those that were attacked, and places after the owner: of the users
+# to whom the pictures belong, and of the target, if there is one.
 
 
 def _none(scene):
