@@ -8,18 +8,7 @@ import pytest
 from bench import adversary, baselines
 from lfp_jax.errors import UserError
 
-SMALL = [
-    "--generator",
-    "stylegan2-tiny",
-    "--images",
-    "4",
-    "--users",
-    "2",
-    "--fd-images",
-    "0",
-    "--decoys",
-    "50",
-]
+SMALL = ["--generator=stylegan2-tiny", "--images=4", "--users=2", "--fd-images=0", "--decoys=50"]
 
 
 def _rows(path):
@@ -34,19 +23,8 @@ def _rows(path):
 
 
 def test_shallow_keys_are_measured_at_the_psnr_asked(tmp_path):
-    argv = [
-        "--methods",
-        "shallow",
-        "--training",
-        "64",
-        "--epochs",
-        "1",
-        "--steps",
-        "5",
-        "--psnr",
-        "30",
-    ]
-    argv += ["--attacks", "none", "paper:blur", "--json", str(tmp_path / "rows.json")]
+    argv = ["--methods", "shallow", "--training=64", "--epochs=1", "--steps=5", "--psnr=30"]
+    argv += [f"--json={tmp_path / 'rows.json'}", "--attacks", "none", "paper:blur"]
     baselines.main([*SMALL, *argv])
     rows = _rows(tmp_path / "rows.json")
     assert [row["changes"]["attack"] for row in rows] == ["none", "paper:blur"]
@@ -67,17 +45,7 @@ def test_a_ready_made_watermark_is_measured_where_it_is_installed(tmp_path):
 
 
 def test_the_adversary_is_measured_on_a_design_point(tmp_path):
-    argv = [
-        "--config",
-        "ldm:tiny",
-        "--estimator",
-        "encoder",
-        "--images",
-        "4",
-        "--decoys",
-        "50",
-        "--attacks",
-    ]
+    argv = ["--config=ldm:tiny", "--estimator=encoder", "--images=4", "--decoys=50", "--attacks"]
     argv += ["none", "reinvert", "remove-zero", "transplant", "collude-mean-2", "plant-latents-8"]
     adversary.main([*argv, "--json", str(tmp_path / "rows.json")])
     rows = {row["changes"]["adversary"]: row["metrics"] for row in _rows(tmp_path / "rows.json")}
