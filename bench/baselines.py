@@ -33,7 +33,7 @@ ATTACKS = (
     "none", "paper:noise", "paper:blur", "paper:jpeg", "paper:combination",
     "paper-history:crop", "paper-history:blur",
 )  # fmt: skip
-_TUNING = 16  # pictures behind a strength
+_TUNING = 32  # pictures behind a strength
 _HALVINGS = 12
 _DRAWS = 100  # bootstrap draws of a distance
 _MOST_BITS = 64
@@ -53,19 +53,19 @@ class Shallow:
         self.keys = shallow.train(
             fold[_KEYS], plain, users=options.users, epochs=options.epochs, steps=options.steps
         )
-        yes = np.asarray(shallow.scores(self.keys, plain)[0]) > 0.0
         self.settings = {
             "bits": None, "training_images": options.training, "epochs": options.epochs,
-            "steps": options.steps, "plain_accused": float(yes.any(axis=1).mean()),
+            "steps": options.steps,
         }  # fmt: skip
 
     def mark(self, plain, user, strength):
         """Fingerprint pictures."""
         return np.asarray(shallow.mark(self.keys, plain, user, strength=strength))
 
-    def measure(self, seen, user, strength):
+    def measure(self, seen, user, strength, unmarked):
         """Ask all classifiers; an answer a user is what a bit is elsewhere."""
         del strength
+        silent = np.asarray(shallow.scores(self.keys, unmarked)[0]) <= 0.0
         raw, standard = map(np.asarray, shallow.scores(self.keys, seen))
         users = np.arange(raw.shape[1])[None]
         truth, best = users == user[:, None], users == standard.argmax(axis=1)[:, None]
@@ -74,6 +74,7 @@ class Shallow:
             "word_accuracy": rate(accuracy.word_accuracy(raw > 0.0, truth))
             | {"note": "no bits: the own key's classifier alone says yes"} | note,
             "right_user_first": rate(accuracy.word_accuracy(best, truth)) | note,
+            "plain_not_accused": rate(accuracy.word_accuracy(silent, np.ones(len(users[0]), bool))),
         }  # fmt: skip
 
 
@@ -119,8 +120,9 @@ class BlindWatermark:
             made.append(tool.embed()[..., ::-1] / 127.5 - 1.0)
         return np.stack(made)
 
-    def measure(self, seen, user, strength):
+    def measure(self, seen, user, strength, unmarked):
         """Read bits as the package decides on them, and the soft ones that it decides by."""
+        del unmarked
         hard, soft = [], []
         for picture in map(_to_bgr, seen):
             tool = self._tool(strength)
@@ -145,6 +147,8 @@ METHODS = {"shallow": Shallow, "blind-watermark": BlindWatermark}
 
 def measure(options):
     """Measure every method under every attack; give a row each."""
+    methods = {name: choose(name, METHODS, "method") for name in options.methods}
+    found = {name: attacks.find(name) for name in options.attacks}
     key = jax.random.key(options.seed)
     fold = [jax.random.fold_in(key, i) for i in range(7)]
     generator = design.load_generator(options.generator)
@@ -153,8 +157,8 @@ def measure(options):
     plain = images.png_round_trip(design.decode(generator, latents))
     judged = _Distances(fold, generator, options.fd_images) if options.fd_images else None
     rows = []
-    for name in options.methods:
-        method = choose(name, METHODS, "method")(fold, generator, options)
+    for name, make in methods.items():
+        method = make(fold, generator, options)
         strength = _strength(method, plain[:_TUNING], user[:_TUNING], options.psnr)
         made = images.png_round_trip(method.mark(plain, user, strength))
         common = {
@@ -166,13 +170,14 @@ def measure(options):
         settings = {
             "generator": generator.name, "generator_sha256": generator.sha256,
             "images": options.images, "users": options.users, "seed": options.seed,
-            "psnr": options.psnr, "method": name, "strength": strength,
+            "psnr": options.psnr, "method": name,
         } | method.settings  # fmt: skip
-        for attack in options.attacks:
-            seen = attacks.apply(fold[_ATTACK], made, attacks.find(attack))
-            metrics = method.measure(seen, user, strength) | common
+        for label, attack in found.items():
+            seen, unmarked = (attacks.apply(fold[_ATTACK], x, attack) for x in (made, plain))
+            metrics = method.measure(seen, user, strength, unmarked) | common
             changes = ("method", "attack", "psnr")
-            rows.append(row(settings | {"attack": attack}, metrics, changes=changes))
+            own = settings | {"attack": label}
+            rows.append(row(own, metrics, changes=changes, strength=strength))
             print(line(rows[-1]), flush=True)
     return rows
 

@@ -10,17 +10,20 @@ from lfp_jax import logs
 _TOLD = ("psnr", "fd", "bit_accuracy", "word_accuracy", "right_user_first", "target_first")
 
 
-def row(settings, metrics, *, changes):
+def row(settings, metrics, *, changes, **more):
     """Make a row: its name is the hash of its settings.
 
     Args:
         settings: all that the result depends on.
         metrics: {quantity: {"value", "low", "high", "images", ...}}.
         changes: names of the settings in which rows of one table differ.
+        **more: what else to tell; JSON values.
     """
     digest = hashlib.sha256(logs.to_line(settings).encode()).hexdigest()[:16]
     changed = {name: settings[name] for name in changes}
-    return {"hash": digest, "settings": settings, "changes": changed, "metrics": metrics}
+    return {
+        "hash": digest, "settings": settings, "changes": changed, "metrics": metrics, **more
+    }  # fmt: skip
 
 
 def line(row):

@@ -15,7 +15,7 @@ def _rows(path):
     rows = json.loads(path.read_text())
     assert len({row["hash"] for row in rows}) == len(rows)
     for row in rows:
-        assert set(row) == {"hash", "settings", "changes", "metrics"}
+        assert {"hash", "settings", "changes", "metrics"} <= set(row)
         for entry in row["metrics"].values():
             assert entry["low"] <= entry["value"] <= entry["high"]
             assert entry["images"] == 4
@@ -32,6 +32,7 @@ def test_shallow_keys_are_measured_at_the_psnr_asked(tmp_path):
         np.testing.assert_allclose(row["metrics"]["psnr"]["value"], 30.0, atol=0.2)
         assert row["settings"]["bits"] is None
         assert row["metrics"]["right_user_first"]["users"] == 2
+        assert row["strength"] > 0.0
         assert "no bits" in row["metrics"]["word_accuracy"]["note"]
 
 
