@@ -101,9 +101,8 @@ def _in_batches(model, images, change, keys):
     for first in range(0, n, batch):
         rows = np.minimum(np.arange(first, first + batch), n - 1)  # one shape, one compilation
         parts.append(change(wide[rows], keys[rows]))
-    made = jnp.concatenate(parts)[:n, :height, :width]
-    made = jnp.mean(made, axis=-1, keepdims=True) if channels == 1 else made
-    return jnp.clip(made, -1.0, 1.0)
+    made = jnp.clip(jnp.concatenate(parts)[:n, :height, :width], -1.0, 1.0)
+    return jnp.mean(made, axis=-1, keepdims=True) if channels == 1 else made
 
 
 @jax.jit
