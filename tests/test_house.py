@@ -15,9 +15,9 @@ CONFIGS = [
 
 # An import points from right to left in this row; within one entry it may point anywhere.
 ORDER = [
-    "images", "weights", "generators", "sensitivity", "basis", "fingerprint", "keys", "registry",
-    "attacks", "metrics", "attribution", "report", "training", "design", "enrolment", "ownership",
-    "desk", "experiment", "cells", "grid", "options", "main",
+    "images", "weights", "generators", "sensitivity", "basis", "fingerprint", "keys", "shallow",
+    "registry", "attacks", "metrics", "attribution", "adversary", "report", "training", "design",
+    "enrolment", "ownership", "desk", "experiment", "cells", "grid", "options", "main",
 ]  # fmt: skip
 LEAVES = {"errors", "files", "sharding", "logs"}  # imported by all, and import one another only
 DISK = {"files", "weights", "images", "registry", "logs", "report", "training.data", "cells"}

@@ -1,8 +1,8 @@
 """What happens to an image between the model and the judge: attacks, and suites of them by name.
 
 Every attack starts from and ends in 8 bits. Strengths and their units are told by the functions in
-`photometric`, `geometric`, `degradation`, `occlusion` and `jpeg`; the suites below are those of
-published tables, with the values of the cited code. The image size stays.
+`photometric`, `geometric`, `degradation`, `occlusion`, `jpeg` and `regeneration`; the suites below
+are those of published tables, with the values of the cited code. The image size stays.
 """
 
 import dataclasses
@@ -18,14 +18,15 @@ from lfp_jax.attacks.jpeg import jpeg, jpeg_approximate
 from lfp_jax.attacks.occlusion import erase, text
 from lfp_jax.attacks.operation import Uniform as Uniform
 from lfp_jax.attacks.photometric import brightness, contrast, greyscale, hue, saturation, sharpness
+from lfp_jax.attacks.regeneration import rediffuse, regenerate
 from lfp_jax.errors import UserError, choose, did_you_mean
 
 FUNCTIONS = {
     function.__name__: function
     for function in (
         blur, brightness, contrast, crop, erase, flip, greyscale, hue, jpeg, jpeg_approximate,
-        median, noise, perspective, resize, rotate, salt_and_pepper, saturation, sharpness, text,
-        translate,
+        median, noise, perspective, rediffuse, regenerate, resize, rotate, salt_and_pepper,
+        saturation, sharpness, text, translate,
     )
 }  # fmt: skip
 
@@ -285,6 +286,8 @@ SUITES = {
         chain("tree-ring", noise={"std": _OF_0_1 * 0.1, "wrap": True}),
         chain("gaussian-shading", noise={"std": _OF_0_1 * 0.05, "wrap": True}),
     ),
+    # Zhao et al. 2023: made anew by the latent-diffusion model of the demo.
+    "regeneration": (chain("vae", regenerate={}), *_sweep("rediffuse", "level", 30, 60, 100)),
     # Fernandez et al. 2024, Video Seal, on single frames.
     "videoseal": (
         chain("flip", flip={}),
