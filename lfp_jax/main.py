@@ -7,6 +7,8 @@ Usage:
 Modes, by default train for a config that has a task and experiment for any other:
   experiment  one design point, from the generator to metrics.json and a table
                 --config=configs/stylegan2.py --config.strength=2 --config.bits=32
+  report      one page, report.html, and a CSV of what experiments or a grid left in a workdir
+                --mode=report --workdir=runs/stylegan2
   train       a network, as the config says; goes on where an earlier run stopped
                 --config=configs/train_estimator.py
   convert     a foreign checkpoint (rosinality .pt, NVlabs .pkl) to the native store
@@ -108,14 +110,15 @@ def _dispatch(flags, paths) -> int:
         print(generators.describe(generators.convert(flags.source, flags.target)))
         print(f"Weights: {flags.target}/")
         return 0
+    if mode == "report":
+        return _report(_workdir(flags))
     if config is None:
         raise UserError("--config=FILE is missing, e.g. --config=configs/stylegan2.py. See --help.")
     task = config.get("task")
     expected = "train" if task else "experiment"
     if mode not in (None, expected) and (task or mode not in options.OWNERSHIP):
         raise UserError(f"--mode={mode} does not fit this config; it is for --mode={expected}.")
-    name = flags["config"].config_filename.partition(":")[0]
-    workdir = Path(flags.workdir or Path("runs") / Path(name).stem)
+    workdir = _workdir(flags)
     if flags.distributed:
         if task != "estimator":  # any other would do the whole job in each process
             raise UserError("--distributed is for the task 'estimator' only.")
@@ -128,6 +131,23 @@ def _dispatch(flags, paths) -> int:
         given |= {"paths": paths, "form": flags.format}
         return importlib.import_module("lfp_jax.desk").run(mode, config, workdir, **given)
     return importlib.import_module("lfp_jax.experiment").run(config, workdir) or 0
+
+
+def _workdir(flags) -> Path:
+    if flags.workdir:
+        return Path(flags.workdir)
+    if flags.config is None:
+        raise UserError("--mode=report needs --workdir=DIR, or --config=FILE with a default one.")
+    name = flags["config"].config_filename.partition(":")[0]
+    return Path("runs") / Path(name).stem
+
+
+def _report(workdir: Path) -> int:
+    page, problems = importlib.import_module("lfp_jax.report.html").write(workdir)
+    for problem in problems:
+        print(f"lfp_jax: {problem}", file=sys.stderr)
+    print(f"Report: {page}, numbers: {page.with_suffix('.csv')}")
+    return 1 if problems else 0
 
 
 def _train(workdir: Path, *, task: str, **settings) -> int:

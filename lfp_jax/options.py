@@ -9,7 +9,7 @@ from ml_collections import config_flags
 from lfp_jax.errors import UserError, did_you_mean
 
 OWNERSHIP = ("issue", "generate", "attribute", "doctor")
-MODES = ("experiment", "train", "convert", *OWNERSHIP)
+MODES = ("experiment", "train", "convert", "report", *OWNERSHIP)
 
 _KEYED = ("issue", "generate", "attribute")
 # Flags that mean something in some modes only, and in which.
