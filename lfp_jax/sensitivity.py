@@ -52,8 +52,8 @@ def along(metric, directions):
         directions: [d, m].
 
     Returns:
-        float64 [m]: the root of the mean squared change of an image, summed over its pixel values,
-        by one unit of each direction. Over the root of how many these are it is a change in rms.
+        float64 [m]: the root of the mean squared change of an image by one unit of each direction,
+        summed over its pixels; in rms where the metric was divided by how many these are.
     """
     directions = np.asarray(directions, np.float64)
     squares = np.einsum("dm,dm->m", directions, np.asarray(metric, np.float64) @ directions)

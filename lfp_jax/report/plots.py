@@ -22,6 +22,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 _MARKERS = "os^Dv<>PX*"
 _DASHES = ("-", "--", ":", "-.")
 _WIDTH = 4.4  # inches of a figure on a page: its text is then as large as the page's on a phone
+_MARK = {"color": "0.45", "linewidth": 0.8, "linestyle": (0, (1, 2))}
 _PAGE = {
     "svg.fonttype": "none", "svg.hashsalt": "lfp_jax", "font.size": 9.5, "axes.edgecolor": "0.3",
     "axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 9.0,
@@ -131,7 +132,7 @@ def points_svg(
         if front:
             _front(axis, [(p.x[0], p.y[label][0]) for p in points if label in p.y], falling)
         for name, x in marks:
-            axis.axvline(x, color="0.45", linewidth=0.8, linestyle=(0, (1, 2)), label=name)
+            axis.axvline(x, label=name, **_MARK)
         axis.set(ylabel=label)
         _rate_axis(axis)
         axis.grid(alpha=0.25, linewidth=0.6)
@@ -149,22 +150,27 @@ def points_svg(
 
 @matplotlib.rc_context(_PAGE)
 def spectrum_svg(
-    series: dict[str, Sequence[float]], *, ylabel: str, marks: Sequence[float] = ()
+    series: dict[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    ylabel: str,
+    marks: Sequence[float] = (),
 ) -> str:
     """Draw image change against the position of a direction, as SVG text.
 
     Args:
-        series: {label: the change along direction 0, 1, ...}.
+        series: {basis: (the change by one unit along direction 0, 1, ..., and by one standard
+            deviation of the prior)}.
         ylabel: with its unit.
         marks: positions to mark, where carriers begin.
     """
-    figure = _figure(3.4)
+    figure = _figure(3.6)
     axis = figure.subplots()
-    for (label, values), colour in zip(series.items(), COLOURS, strict=False):
-        axis.plot(range(len(values)), values, label=label, color=colour, linewidth=1.3)
+    for (name, changes), colour in zip(series.items(), COLOURS, strict=False):
+        for change, step, dashes in zip(changes, ("unit", "std. dev."), ("--", "-"), strict=True):
+            label = f"{name}, by one {step}"
+            axis.plot(change, dashes, label=label, color=colour, linewidth=1.3)
     for i, x in enumerate(marks):
-        label = "a carrier begins" if i == 0 else None
-        axis.axvline(x, color="0.45", linewidth=0.8, linestyle=(0, (1, 2)), label=label)
+        axis.axvline(x, label=None if i else "carriers begin", **_MARK)
     axis.set(xlabel="position of the direction", ylabel=ylabel, yscale="log")
     axis.grid(alpha=0.25, linewidth=0.6)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
@@ -267,7 +273,7 @@ def _legend(figure, groups, legend, marks, front):
             Line2D([], [], color="0.6", linewidth=4.0, alpha=0.35, label="best trade-off")
         )
     if marks:
-        entries += figure.axes[-1].get_legend_handles_labels()[0][-len(marks) :]
+        entries += [Line2D([], [], label=name, **_MARK) for name in dict.fromkeys(dict(marks))]
     if entries:
         figure.legend(handles=entries, loc="outside lower center", ncols=2, frameon=False)
 

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from lfp_jax import images, sensitivity
+from lfp_jax import sensitivity
 from lfp_jax.errors import UserError
 from lfp_jax.weights import store
 
 _LARGEST = 4_096  # latent dimensions of which the principal directions take seconds, not an hour
+_RMS = "rms (images in [-1, 1])"
+_SUM = "root of summed squares"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,59 +25,61 @@ class Spectrum:
     unit: str  # of the sensitivity
 
 
-def read(workdir: Path) -> list[Spectrum]:
-    """Read WORKDIR/spectrum.json, or else work the spectra out from WORKDIR/basis.
+def find(workdir: Path) -> list[Path]:
+    """List what `read` can read in a work folder: spectrum.json, or else the bases."""
+    path = workdir / "spectrum.json"
+    stores = [workdir / "basis", *sorted((workdir / "bases").glob("*/basis"))]
+    return [path] if path.exists() else [each for each in stores if store.is_store(each)]
 
-    Of a basis turned to the metric the principal directions, which it was turned from, come too.
+
+def read(path: Path) -> list[Spectrum]:
+    """Read a file of a spectrum, or work the spectra of a stored basis out.
+
+    Args:
+        path: a JSON file of "basis" (its name), "stddev" and "sensitivity", in rms; or the folder
+            of a basis and its metric, with the image's number of "pixels" in its metadata, without
+            which there is no rms.
 
     Returns:
-        The spectra; none where the folder holds neither.
+        That of the basis and, where it is not the principal one, that along the principal
+        directions.
 
     Raises:
         UserError: a file that is damaged.
     """
-    path = workdir / "spectrum.json"
-    if path.exists():
+    if path.suffix == ".json":
         return [_load(path)]
-    path = workdir / "basis"
-    if not store.is_store(path):
-        return []
     tree, metadata = store.load(path)
     try:
-        spectra = of_basis(tree["basis"], tree["metric"], name=str(metadata["directions"]))
+        pixels = metadata.get("pixels")
+        unit, metric = (_SUM, tree["metric"]) if pixels is None else (_RMS, tree["metric"] / pixels)
+        found = along(tree["basis"], metric, name=str(metadata["directions"]))
     except (KeyError, TypeError, ValueError):
         raise UserError(f"'{path}' is left out: it holds no basis with its metric.") from None
-    return [_in_rms(each, workdir) for each in spectra]
+    return [Spectrum(*each, unit) for each in found]
 
 
-def of_basis(basis: dict[str, np.ndarray], metric: np.ndarray, *, name: str) -> list[Spectrum]:
-    """Work out the spectra of a stored basis.
+def along(
+    basis: dict[str, np.ndarray], metric: np.ndarray, *, name: str
+) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Measure how far images move along the directions of a basis, and along the principal ones.
 
     Args:
-        basis: "components" [d, m] and "stddev" [m]; "duals" where they are not orthonormal.
+        basis: "components" [d, m] and "stddev" [m]; where those are not principal directions also
+            "duals", and where they are correlated "prior" [d, m].
         metric: [d, d] of `sensitivity.mean_metric`.
-        name: of its directions.
+        name: of the directions.
 
     Returns:
-        That along its own directions and, where those are not the principal ones, along these.
+        (name, standard deviations, image change by one unit) of each.
     """
     components, stddev = (np.asarray(basis[each], np.float64) for each in ("components", "stddev"))
-    unit = "root of summed squares"
-    spectra = [Spectrum(name, stddev, sensitivity.along(metric, components), unit)]
-    if basis.get("duals") is not None and len(components) <= _LARGEST:
-        # Latents are uncorrelated along the components, so these span the covariance.
-        principal, spread, _ = np.linalg.svd(components * stddev, full_matrices=False)
-        spectra.append(Spectrum("pca", spread, sensitivity.along(metric, principal), unit))
-    return spectra
-
-
-def _in_rms(spectrum, workdir):
-    """Bring the image change to rms, where a picture tells how many values an image has."""
-    path = next(iter(sorted((workdir / "images").glob("*.png"))), None)
-    if path is None:
-        return spectrum
-    change = spectrum.sensitivity / np.sqrt(images.read(path).size)
-    return dataclasses.replace(spectrum, sensitivity=change, unit="rms")
+    found = [(name, stddev, sensitivity.along(metric, components))]
+    if name != "pca" and len(components) <= _LARGEST:
+        spread = basis["prior"] if basis.get("prior") is not None else components * stddev
+        principal, stddev, _ = np.linalg.svd(spread, full_matrices=False)
+        found.append(("pca", stddev, sensitivity.along(metric, principal)))
+    return found
 
 
 def _load(path):
@@ -84,7 +88,7 @@ def _load(path):
         rows = [np.asarray(record[name], np.float64) for name in ("stddev", "sensitivity")]
         if rows[0].ndim != 1 or rows[0].shape != rows[1].shape or not np.isfinite(rows).all():
             raise ValueError
-        return Spectrum(str(record["basis"]), *rows, "rms")
+        return Spectrum(str(record["basis"]), *rows, _RMS)
     except (ValueError, TypeError, KeyError, RecursionError):
         raise UserError(
             f"'{path}' is left out: it must hold a 'basis' and as many numbers in 'stddev' as in "

@@ -192,7 +192,7 @@ def _bins(bins):
 def _rows(settings):
     """Name the rows of an experiment's sheet."""
     attacked = ["attacked"] if str(settings.get("attack", "none")) != "none" else []
-    return ["plain", "fingerprinted", "difference x 10", *attacked, "reconstruction"]
+    return ["plain", "fingerprinted", "difference x 10", *attacked, "reconstructed"]
 
 
 def _picture(path, name):
