@@ -67,8 +67,9 @@ def text(value: Any) -> str:
 
 
 def columns(cells: Iterable[Cell]) -> list[tuple[str, str]]:
-    """List (name, note) of every quantity, known names first; another note is another column."""
-    found = {(name, q.note) for cell in cells for name, q in cell.quantities.items()}
+    """List (name, note) of what was measured, known names first; another note is another column."""
+    quantities = [pair for cell in cells for pair in cell.quantities.items()]
+    found = {(name, quantity.note) for name, quantity in quantities if quantity.value is not None}
     known = list(LABELS)
     return sorted(found, key=lambda c: (known.index(c[0]) if c[0] in known else len(known), c))
 
