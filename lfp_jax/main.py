@@ -10,6 +10,8 @@ Modes, by default train for a config that has a task and experiment for any othe
   grid        every design point of the config's sweep(add), a JSON file each in WORKDIR/cells; goes
               on where an earlier run stopped; any number of processes may share the work folder
                 --mode=grid --config=configs/stylegan2_grid.py:small
+  report      one page, report.html, and a CSV of what experiments or a grid left in a workdir
+                --mode=report --workdir=runs/stylegan2
   train       a network, as the config says; goes on where an earlier run stopped
                 --config=configs/train_estimator.py
   convert     a foreign checkpoint (rosinality .pt, NVlabs .pkl) to the native store
@@ -112,14 +114,15 @@ def _dispatch(flags, paths) -> int:
         print(generators.describe(generators.convert(flags.source, flags.target)))
         print(f"Weights: {flags.target}/")
         return 0
+    if mode == "report":
+        return _report(_workdir(flags))
     if config is None:
         raise UserError("--config=FILE is missing, e.g. --config=configs/stylegan2.py. See --help.")
     task = config.get("task")
     expected = "train" if task else "experiment"
     if mode not in (None, expected) and (task or mode not in ("grid", *options.OWNERSHIP)):
         raise UserError(f"--mode={mode} does not fit this config; it is for --mode={expected}.")
-    name = flags["config"].config_filename.partition(":")[0]
-    workdir = Path(flags.workdir or Path("runs") / Path(name).stem)
+    workdir = _workdir(flags)
     if flags.distributed:
         if task != "estimator":  # any other would do the whole job in each process
             raise UserError("--distributed is for the task 'estimator' only.")
@@ -135,6 +138,23 @@ def _dispatch(flags, paths) -> int:
         place = flags.workdir or workdir
         return importlib.import_module("lfp_jax.grid").run(config, place, options.sweep(flags))
     return importlib.import_module("lfp_jax.experiment").run(config, workdir) or 0
+
+
+def _workdir(flags) -> Path:
+    if flags.workdir:
+        return Path(flags.workdir)
+    if flags.config is None:
+        raise UserError("--mode=report needs --workdir=DIR, or --config=FILE with a default one.")
+    name = flags["config"].config_filename.partition(":")[0]
+    return Path("runs") / Path(name).stem
+
+
+def _report(workdir: Path) -> int:
+    page, problems = importlib.import_module("lfp_jax.report.html").write(workdir)
+    for problem in problems:
+        print(f"lfp_jax: {problem}", file=sys.stderr)
+    print(f"Report: {page}, numbers: {page.with_suffix('.csv')}")
+    return 1 if problems else 0
 
 
 def _train(workdir: Path, *, task: str, **settings) -> int:

@@ -12,7 +12,7 @@ from ml_collections import config_flags
 from lfp_jax.errors import UserError, did_you_mean
 
 OWNERSHIP = ("issue", "generate", "attribute", "doctor")
-MODES = ("experiment", "grid", "train", "convert", *OWNERSHIP)
+MODES = ("experiment", "grid", "train", "convert", "report", *OWNERSHIP)
 
 _MODULE = "config_config"  # the one that a config file is loaded into
 _KEYED = ("issue", "generate", "attribute")

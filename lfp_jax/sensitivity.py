@@ -44,6 +44,22 @@ def mean_metric(key, generator, *, samples=4_096, batch=32):
     return total / samples
 
 
+def along(metric, directions):
+    """Measure how far images move along directions.
+
+    Args:
+        metric: [d, d] of `mean_metric`.
+        directions: [d, m].
+
+    Returns:
+        float64 [m]: the root of the mean squared change of an image by one unit of each direction,
+        summed over its pixels; in rms where the metric was divided by how many these are.
+    """
+    directions = np.asarray(directions, np.float64)
+    squares = np.einsum("dm,dm->m", directions, np.asarray(metric, np.float64) @ directions)
+    return np.sqrt(np.maximum(squares, 0.0))
+
+
 @partial(jax.jit, static_argnames=("batch",))
 def _probe(key, generator, start, *, batch):
     """J^T r [batch, d] of samples start, start + 1, ... of the prior."""

@@ -162,3 +162,11 @@ def test_a_bad_setting_is_one_line_and_status_2(override, message, run, capsys):
     assert main.main(argv) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error
+
+
+def test_a_run_can_be_reported(run):
+    assert main.main(["main", "--mode=report", f"--workdir={run}"]) == 0
+    page = (run / "report.html").read_text(encoding="utf-8")
+    for text in ("1 design point.", "Attack: none", "stylegan2-tiny", "demo classifier"):
+        assert text in page
+    assert page.count("<img ") == 5  # against PSNR and FD, reliability, spectrum, pictures

@@ -56,7 +56,6 @@ def _main(*args):
         ([CONFIG, "--config.strength=high"], "high"),
         (["--config.bits=3", CONFIG], "before a value for --config"),
         ([CONFIG, "--mode=experimant"], "experiment|train|convert"),
-        ([CONFIG, "--mode=report"], "experiment|train|convert"),
         ([CONFIG, "--mode=train"], "it is for --mode=experiment"),
         ([CONFIG, "--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
         ([CONFIG, "again"], "Unexpected argument 'again'"),

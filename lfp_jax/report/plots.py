@@ -1,13 +1,32 @@
-"""Figures of results; drawn without a display, written in one step."""
+"""Figures of results; drawn without a display, written in one step.
 
+Figures of single runs are PNG files. Those of a page are SVG text, narrow enough for a phone, in
+colours that colour-blind readers tell apart (Okabe and Ito 2008).
+"""
+
+import dataclasses
+import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from lfp_jax import files
+
+# Okabe and Ito's, without yellow, which white paper swallows, and with black last.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = "os^Dv<>PX*"
+_DASHES = ("-", "--", ":", "-.")
+_WIDTH = 4.4  # inches of a figure on a page: its text is then as large as the page's on a phone
+_MARK = {"color": "0.45", "linewidth": 0.8, "linestyle": (0, (1, 2))}
+_PAGE = {
+    "svg.fonttype": "none", "svg.hashsalt": "lfp_jax", "font.size": 9.5, "axes.edgecolor": "0.3",
+    "axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 9.0,
+}  # fmt: skip
 
 _LOSSES = {"d_loss": "discriminator (nats)", "g_loss": "generator (nats)"}
 _ERRORS = {
@@ -59,23 +78,204 @@ def reliability(path: str | os.PathLike, bins: Iterable[dict[str, Any]]) -> None
         bins: with "stated", "wrong", "low", "high" and "bits" (fields of `accuracy.Bin`).
     """
     figure = Figure(figsize=(5, 5), dpi=120, layout="constrained")
+    _write(_reliability(figure, {"": list(bins)}), path)
+
+
+@matplotlib.rc_context(_PAGE)
+def reliability_svg(series: dict[str, Sequence[dict[str, Any]]]) -> str:
+    """Draw what `reliability` does as SVG text, a colour for each series: {label: its bins}."""
+    return _svg(_reliability(_figure(_WIDTH), series))
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A point in every panel of a figure, each value with the ends of its interval."""
+
+    x: tuple[float, float, float]
+    y: dict[str, tuple[float, float, float]]  # {label of the panel's axis: value}
+    style: tuple[str, ...]  # what its colour, marker and dashes stand for; may be empty
+
+
+@matplotlib.rc_context(_PAGE)
+def points_svg(
+    points: Sequence[Point],
+    *,
+    xlabel: str,
+    legend: Sequence[Sequence[str]],
+    marks: Sequence[tuple[str, float]] = (),
+    falling: bool = False,
+    front: bool = False,
+    ticks: Sequence[float] = (),
+) -> str:
+    """Draw points with their intervals, panels one above the other, as SVG text.
+
+    Points of one style are joined by a line, in the order given.
+
+    Args:
+        points: at least one.
+        xlabel: with its unit.
+        legend: for colour, marker and dashes in turn all labels of the page, so that a label looks
+            the same in all its figures.
+        marks: (label, x) of vertical lines.
+        falling: whether less is better, so that the axis runs from right to left.
+        front: whether to draw the line above and to the right of which there is no point.
+        ticks: where the x-axis has its ticks; default where matplotlib thinks. Spread over more
+            than a factor of six the axis is logarithmic.
+    """
+    panels = list(dict.fromkeys(label for point in points for label in point.y))
+    figure = _figure(0.7 + 2.1 * len(panels))
+    axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    groups = {point.style: [p for p in points if p.style == point.style] for point in points}
+    for axis, label in zip(axes, panels, strict=True):
+        for style, group in groups.items():
+            _line(axis, [(p.x, p.y[label]) for p in group if label in p.y], _look(style, legend))
+        if front:
+            _front(axis, [(p.x[0], p.y[label][0]) for p in points if label in p.y], falling)
+        for name, x in marks:
+            axis.axvline(x, label=name, **_MARK)
+        axis.set(ylabel=label)
+        _rate_axis(axis)
+        axis.grid(alpha=0.25, linewidth=0.6)
+    if len(ticks) > 0:
+        if min(ticks) > 0 and max(ticks) > 6 * min(ticks):
+            axes[-1].set_xscale("log")
+        axes[-1].set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axes[-1].minorticks_off()
+    if falling:
+        axes[-1].invert_xaxis()
+    axes[-1].set(xlabel=xlabel)
+    _legend(figure, groups, legend, marks, front)
+    return _svg(figure)
+
+
+@matplotlib.rc_context(_PAGE)
+def spectrum_svg(
+    series: dict[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    ylabel: str,
+    marks: Sequence[float] = (),
+) -> str:
+    """Draw image change against the position of a direction, as SVG text.
+
+    Args:
+        series: {basis: (the change by one unit along direction 0, 1, ..., and by one standard
+            deviation of the prior)}.
+        ylabel: with its unit.
+        marks: positions to mark, where carriers begin.
+    """
+    figure = _figure(3.6)
+    axis = figure.subplots()
+    for (name, changes), colour in zip(series.items(), COLOURS, strict=False):
+        for change, step, dashes in zip(changes, ("unit", "std. dev."), ("--", "-"), strict=True):
+            label = f"{name}, by one {step}"
+            axis.plot(change, dashes, label=label, color=colour, linewidth=1.3)
+    for i, x in enumerate(marks):
+        axis.axvline(x, label=None if i else "carriers begin", **_MARK)
+    axis.set(xlabel="position of the direction", ylabel=ylabel, yscale="log")
+    axis.grid(alpha=0.25, linewidth=0.6)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return _svg(figure)
+
+
+def _reliability(figure, series):
     axis = figure.subplots()
     axis.plot([0.0, 0.5], [0.0, 0.5], color="grey", linewidth=0.8, label="calibrated")
-    bins = list(bins)
-    stated, wrong = ([each[name] for each in bins] for name in ("stated", "wrong"))
-    below = [each["wrong"] - each["low"] for each in bins]
-    above = [each["high"] - each["wrong"] for each in bins]
-    axis.errorbar(stated, wrong, [below, above], fmt="o", markersize=4, linewidth=0.8)
-    for each in bins:
-        place = (each["stated"], each["wrong"])
-        axis.annotate(
-            f"{each['bits']:,} bits", place, xytext=(6, -10), textcoords="offset points",
-            fontsize=7,
+    for (label, bins), colour in zip(series.items(), COLOURS, strict=False):
+        stated, wrong = ([each[name] for each in bins] for name in ("stated", "wrong"))
+        below = [each["wrong"] - each["low"] for each in bins]
+        above = [each["high"] - each["wrong"] for each in bins]
+        axis.errorbar(
+            stated, wrong, [below, above], fmt="o", markersize=4, linewidth=0.8, color=colour,
+            label=label or None,
         )  # fmt: skip
+        counted = [each for each in bins if each["stated"] > 0.02]  # below, they would overlap
+        for each in counted if len(series) == 1 else ():
+            place = (each["stated"], each["wrong"])
+            axis.annotate(
+                f"{each['bits']:,.0f} bits", place, xytext=(6, -10), textcoords="offset points",
+                fontsize=7,
+            )  # fmt: skip
     axis.set(xlabel="stated probability of error", ylabel="share of errors")
     axis.grid(alpha=0.3)
-    axis.legend()
-    _write(figure, path)
+    axis.legend(loc="upper left")
+    return figure
+
+
+def _line(axis, pairs, look):
+    pairs = [(x, y) for x, y in pairs if None not in (x[0], y[0])]
+    if not pairs:
+        return
+    (x, xerr), (y, yerr) = (_bars([pair[i] for pair in pairs]) for i in (0, 1))
+    axis.errorbar(
+        x, y, xerr=xerr, yerr=yerr, markersize=4.5, linewidth=1.1, elinewidth=0.7,
+        markeredgecolor="white", markeredgewidth=0.4, **look,
+    )  # fmt: skip
+
+
+def _bars(intervals):
+    """Give values, and the lengths of their bars below and above."""
+    values = [value for value, _, _ in intervals]
+    below = [max(value - low, 0.0) for value, low, _ in intervals]
+    above = [max(high - value, 0.0) for value, _, high in intervals]
+    return values, [below, above]
+
+
+def _front(axis, pairs, falling):
+    """Draw the staircase of the points that no other beats in both coordinates."""
+    best, stairs = -1.0, []
+    for x, y in sorted(pairs, key=lambda pair: (pair[0] if falling else -pair[0], -pair[1])):
+        if y > best:
+            stairs.append((x, y))
+            best = y
+    axis.step(
+        *zip(*stairs, strict=True), where="post", color="0.6", linewidth=4.0, alpha=0.35, zorder=0
+    )
+
+
+def _rate_axis(axis):
+    """Show a rate from zero, or from a half where nothing is below, up to one."""
+    low, high = axis.get_ylim()
+    if high <= 1.1:
+        axis.set_ylim((0.48 if low > 0.48 else min(low, 0.0) - 0.03), 1.03)
+
+
+def _look(style, legend):
+    places = [known.index(label) for label, known in zip(style, legend, strict=False)]
+    colour, marker, dashes = (places + [0, 0, 0])[:3]
+    count = len(legend[0]) if legend else 1
+    if count <= len(COLOURS):
+        colour = COLOURS[colour]
+    else:  # too many to tell apart by hue: by lightness, in their order
+        colour = matplotlib.colormaps["cividis"](0.9 * colour / (count - 1))
+    return {
+        "color": colour,
+        "marker": _MARKERS[marker % len(_MARKERS)],
+        "linestyle": _DASHES[dashes % len(_DASHES)],
+    }
+
+
+def _legend(figure, groups, legend, marks, front):
+    """Tell below the panels what colours, markers, dashes and lines stand for."""
+    entries = []
+    for slot, known in enumerate(legend):
+        present = {style[slot] for style in groups if slot < len(style)}
+        if len(present) < 2:  # nothing to tell apart
+            continue
+        for label in (each for each in known if each in present):
+            look = _look(tuple(known[0] for known in legend[:slot]) + (label,), legend)
+            if slot > 0:
+                look["color"] = "0.35"
+            if slot != 1:
+                look["marker"] = "o" if slot == 0 else ""
+            entries.append(Line2D([], [], markersize=4.5, linewidth=1.1, label=label, **look))
+    if front:
+        entries.append(
+            Line2D([], [], color="0.6", linewidth=4.0, alpha=0.35, label="best trade-off")
+        )
+    if marks:
+        entries += [Line2D([], [], label=name, **_MARK) for name in dict.fromkeys(dict(marks))]
+    if entries:
+        figure.legend(handles=entries, loc="outside lower center", ncols=2, frameon=False)
 
 
 def _curve(path, lines, panels, *, along):
@@ -109,3 +309,14 @@ def _write(figure, path):
     FigureCanvasAgg(figure)
     with files.replacing(path) as part:
         figure.savefig(part, format="png")
+
+
+def _figure(height):
+    return Figure(figsize=(_WIDTH, height), layout="constrained")
+
+
+def _svg(figure):
+    """Render to SVG text that is the same every time, its text as text."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
