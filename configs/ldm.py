@@ -41,6 +41,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.sample_steps = 10  # of DDIM
     config.basis_samples = 1_024
     config.metric_samples = 512
+    config.fisher.samples = 32
     config.images, config.fd_images = 8, 256
     config.lm.bank = 256
     config.repeat = 1  # directions that carry each bit
@@ -60,7 +61,7 @@ def _shrink(config: ml_collections.ConfigDict) -> None:
     config.generator = "ldm-tiny"
     config.sample_steps = 2
     config.users, config.images = 2, 4
-    config.basis_samples, config.metric_samples = 256, 64
+    config.basis_samples, config.metric_samples, config.fisher.samples = 256, 64, 8
     config.bits, config.shift = 8, 20
     config.lm.bank, config.lm.ranks, config.lm.jacobians = 64, (8,), 2
     config.adam.starts, config.adam.steps = 2, 20
