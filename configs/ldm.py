@@ -39,9 +39,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.generator = "ldm-demo"
     # A latent costs many passes of the UNet: fewer steps and samples, and a smaller bank.
     config.sample_steps = 10  # of DDIM
-    config.basis_samples = 1_024
-    config.metric_samples = 512
-    config.fisher.samples = 32
+    config.basis_samples = 10_000
+    config.metric_samples = 4_096
     config.images, config.fd_images = 8, 256
     config.lm.bank = 256
     config.repeat = 1  # directions that carry each bit

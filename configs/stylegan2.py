@@ -40,7 +40,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.bits = 64
     config.basis = "sensitivity"  # "pca", the paper's; "random", "jacobian" or "fisher"
     # Of the latter: pixels' noise that it reckons with, images in [-1, 1], and whole Jacobians.
-    config.fisher = ml_collections.ConfigDict({"noise": 0.1, "samples": 64})
+    config.fisher = ml_collections.ConfigDict({"noise": 0.1, "samples": 32})
     config.shift = 64  # the first direction that carries
     config.strength = 4.0  # a bit is +- half of it, here in standard deviations of the prior
     config.equalise = False  # all bits change the image alike, and strength is rms of that change

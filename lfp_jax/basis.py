@@ -19,6 +19,8 @@ from scipy.linalg import helmert
 
 from lfp_jax import sensitivity
 from lfp_jax.errors import UserError, choose
+from lfp_jax.generators import zoo
+from lfp_jax.weights import store
 
 DIRECTIONS = dict.fromkeys(("pca", "sensitivity", "random", "jacobian", "fisher"))
 
@@ -174,7 +176,7 @@ def fisher_directions(
     metric: np.ndarray,
     *,
     noise: float,
-    samples: int = 64,
+    samples: int = 32,
 ) -> Basis:
     """Find the directions along which an image tells most, for what a step costs.
 
@@ -249,7 +251,7 @@ def measure_generator(
     directions: str,
     metric_samples: int = 4_096,
     noise: float = 0.1,
-    fisher_samples: int = 64,
+    fisher_samples: int = 32,
 ) -> tuple[Basis, np.ndarray]:
     """Find directions of a generator's latents, and the metric of its images.
 
@@ -269,10 +271,9 @@ def measure_generator(
         UserError: other directions.
     """
     choose(directions, DIRECTIONS, "basis")
-    fitted = fit_generator(key, generator, samples=samples)
-    metric_key, random_key, fisher_key = (jax.random.fold_in(key, i) for i in (1, 2, 3))
-    metric = sensitivity.mean_metric(metric_key, generator, samples=metric_samples)
-    metric = metric.astype(np.float32)
+    wanted = _origin(key, generator, samples, metric_samples)
+    fitted, metric = _shipped(generator.name, wanted) or _measure(key, generator, wanted)
+    random_key, fisher_key = jax.random.fold_in(key, 2), jax.random.fold_in(key, 3)
     if directions == "sensitivity":
         fitted = turn(fitted, metric)
     elif directions == "random":
@@ -284,6 +285,53 @@ def measure_generator(
             fisher_key, generator, fitted, metric, noise=noise, samples=fisher_samples
         )
     return fitted, metric
+
+
+def ship(key: jax.Array, path: str, generator: Any, *, samples: int, metric_samples: int) -> None:
+    """Write the principal directions and the metric, for `measure_generator` to find in a bundle.
+
+    It saves each user the measurement, and close directions come out in the same order on every
+    machine: a trained estimator knows them.
+
+    Args:
+        key, generator, samples, metric_samples: as of `measure_generator`.
+        path: the store to write, later at `zoo.basis(generator.name)`.
+    """
+    origin = _origin(key, generator, samples, metric_samples)
+    fitted, metric = _measure(key, generator, origin)
+    arrays = {name: each for name, each in vars(fitted).items() if each is not None}
+    store.save(path, {"basis": arrays, "metric": metric}, origin)
+
+
+def _origin(key, generator, samples, metric_samples):
+    """Give all that principal directions and metric depend on."""
+    return {
+        "kind": "directions",
+        "generator": generator.name,
+        "sha256": generator.sha256,
+        "sample_steps": getattr(generator, "sample_steps", None),
+        "quantizes": getattr(generator, "quantizes", None),
+        "key": jax.random.key_data(key).tolist(),
+        "samples": samples,
+        "metric_samples": metric_samples,
+    }
+
+
+def _shipped(name, wanted):
+    """Read directions and metric from a bundle, or None where it has none of this origin."""
+    path = zoo.basis(name)
+    if path is None:
+        return None
+    tree, metadata = store.load(path)
+    return (Basis(**tree["basis"]), tree["metric"]) if metadata == wanted else None
+
+
+def _measure(key, generator, origin):
+    fitted = fit_generator(key, generator, samples=origin["samples"])
+    metric = sensitivity.mean_metric(
+        jax.random.fold_in(key, 1), generator, samples=origin["metric_samples"]
+    )
+    return fitted, metric.astype(np.float32)
 
 
 def sample(key: jax.Array, generator: Any, n: int, *, start: int = 0) -> np.ndarray:

@@ -5,7 +5,6 @@ again where the same generator, directions, samples and seed made it.
 """
 
 import dataclasses
-import hashlib
 import math
 import sys
 import time
@@ -21,7 +20,7 @@ from lfp_jax import attacks, basis, fingerprint, generators
 from lfp_jax.attribution import bank, encoder, inversion, least_squares
 from lfp_jax.attribution import estimator as learner
 from lfp_jax.errors import UserError, choose
-from lfp_jax.generators import assemble, ldm, stylegan2, zoo
+from lfp_jax.generators import ldm, stylegan2, untrained, zoo
 from lfp_jax.metrics import features, perceptual
 from lfp_jax.weights import store
 
@@ -65,51 +64,19 @@ def check(config):
 
 
 def load_generator(source, *, sample_steps=None, quantize=True):
-    """Load a generator; "stylegan2-tiny" and "ldm-tiny" are of random weights, for tests.
+    """Load a generator, or make one of `untrained.NAMES`.
 
     Args:
-        source: as `generators.load` takes it, or one of the two.
+        source: as `generators.load` takes it, or one of those names.
         sample_steps: DDIM steps behind a latent of a latent-diffusion model; None: its own number.
         quantize: whether the decoder of a latent-diffusion model does, where it can.
     """
-    if source == "stylegan2-tiny":
-        return _tiny_stylegan2(source)
-    generator = _tiny_ldm(source) if source == "ldm-tiny" else generators.load(source)
+    named = source in untrained.NAMES
+    generator = untrained.make(source) if named else generators.load(source)
     if not isinstance(generator, ldm.LatentDiffusion):
         return generator
     steps = generator.sample_steps if sample_steps is None else sample_steps
     return generator.replace(sample_steps=steps, quantizes=quantize)
-
-
-def _tiny_stylegan2(name):
-    arch = stylegan2.Architecture(
-        resolution=32, channels=(16, 16, 8, 8), z_dim=32, w_dim=32,
-        mapping_layers=2, mapping_width=32,
-    )  # fmt: skip
-    return _named(stylegan2.random_generator(jax.random.key(0), arch, name=name))
-
-
-def _tiny_ldm(name):
-    networks = {
-        "first_stage": {
-            "embed_dim": 3, "n_embed": 64, "ddconfig": {
-                "double_z": False, "z_channels": 3, "resolution": 8, "in_channels": 3, "out_ch": 3,
-                "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": [],
-                "attn_type": "none",
-            },
-        },
-        "unet": {
-            "image_size": 4, "in_channels": 3, "out_channels": 3, "model_channels": 32,
-            "num_heads": 2, "attention_resolutions": [1], "num_res_blocks": 1, "channel_mult": [1],
-        },
-    }  # fmt: skip
-    generator = assemble.random_latent_diffusion(jax.random.key(0), networks)
-    return _named(generator.replace(name=name))
-
-
-def _named(generator):
-    """Give random weights, which come from no file, a hash of their own."""
-    return generator.replace(sha256=hashlib.sha256(generator.name.encode()).hexdigest())
 
 
 def load_configured(config):

@@ -59,6 +59,7 @@ _TRAINERS = {
     "ldm": "ldm",
     "classifier": "classifier",
     "estimator": "estimator",
+    "directions": "directions",
 }
 _OWNERSHIP_FLAGS = ("user", "count", "n", "registry", "rate", "pool", "export", "target")
 

@@ -79,7 +79,7 @@ def _probe(key, generator, start, *, batch):
     return pull(signs)[0].reshape(batch, -1)
 
 
-def mean_posterior(key, generator, steps, *, noise, samples=64):
+def mean_posterior(key, generator, steps, *, noise, samples=32):
     """Average what noise leaves unknown of a latent: E[(I + A^T J^T J A / noise^2)^-1].
 
     Each image is linearised where it is; coordinates t of its latent m + A t have prior N(0, I),

@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lfp_jax import basis, fingerprint
+from lfp_jax import basis, fingerprint, generators
 from lfp_jax.errors import UserError
+from lfp_jax.generators import untrained, zoo
+from lfp_jax.training import directions
 
 GOLDEN = Path(__file__).parent / "golden" / "fingerprint_sg2" / "io.npz"
 
@@ -181,3 +184,28 @@ def test_turned_directions_are_white_and_move_the_image_apart():
 def test_unknown_directions_are_named():
     with pytest.raises(UserError, match="Did you mean 'sensitivity'"):
         basis.measure_generator(None, None, samples=2, directions="sensitivty")
+
+
+def test_shipped_directions_are_those_measured(tmp_path, monkeypatch):
+    generator = untrained.make("stylegan2-tiny")
+    path, key = str(tmp_path / "directions"), jax.random.fold_in(jax.random.key(7), 0)
+    counts = {"samples": 80, "metric_samples": 8}
+    monkeypatch.setattr(zoo, "basis", lambda name: None)
+    wanted = basis.measure_generator(key, generator, directions="sensitivity", **counts)
+    generators.save(str(tmp_path / "generator"), generator, source_format="lfp_jax", licence="")
+    source = str(tmp_path / "generator")
+    directions.train(workdir=str(tmp_path), generator=source, seed=7, **counts)
+    monkeypatch.setattr(zoo, "basis", {"stylegan2-tiny": path}.get)
+    measured = []
+    monkeypatch.setattr(basis, "_measure", lambda *args: measured.append(args) or wanted)
+    found = basis.measure_generator(key, generator, directions="sensitivity", **counts)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    assert not measured
+    other = generator.replace(sha256="0")
+    for own_key, source, more in (
+        (jax.random.key(4), generator, {}),
+        (key, other, {}),
+        (key, generator, {"metric_samples": 9}),
+    ):
+        basis.measure_generator(own_key, source, directions="pca", **counts | more)
+    assert len(measured) == 3

@@ -57,6 +57,17 @@ def test_bits_are_read_off_the_latents(case, code):
     assert np.abs(noisy.soft_bits - bits).mean() > 0.01  # less sure where the errors are large
 
 
+def test_how_sure_it_is_of_an_image_is_that_images_own_matter(case):
+    generator, space, latents, bits = case
+    mark = {"strength": STRENGTH, "code": "antipodal"}
+    images = np.array(generator.decode(fingerprint.inject(space, latents, bits, **mark)))
+    images[1:] += 0.3 * np.random.default_rng(0).standard_normal(images[1:].shape)
+    found = encoder.encoder(None, generator, space, images, progress=False, **mark)
+    alone = encoder.encoder(None, generator, space, images[:1], progress=False, **mark)
+    np.testing.assert_allclose(found.soft_bits[:1], alone.soft_bits, atol=1e-6)
+    assert np.abs(alone.soft_bits - bits[:1]).max() < 1e-3
+
+
 def test_what_it_cannot_read_is_refused(case):
     generator, space, latents, _ = case
     mark = {"strength": STRENGTH, "code": "antipodal"}

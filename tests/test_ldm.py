@@ -17,7 +17,7 @@ import pytest
 import lfp_jax
 from lfp_jax import generators
 from lfp_jax.errors import UserError
-from lfp_jax.generators import first_stage
+from lfp_jax.generators import first_stage, untrained
 from lfp_jax.generators.assemble import random_latent_diffusion
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -240,18 +240,7 @@ def test_the_bundled_model_samples_and_rebuilds():
 
 
 def test_ffhq_geometry():
-    ddconfig = {
-        "double_z": False, "z_channels": 3, "resolution": 256, "in_channels": 3, "out_ch": 3,
-        "ch": 128, "ch_mult": [1, 2, 4], "num_res_blocks": 2, "attn_resolutions": [],
-        "dropout": 0.0,
-    }  # fmt: skip
-    unet = {
-        "image_size": 64, "in_channels": 3, "out_channels": 3, "model_channels": 224,
-        "attention_resolutions": [8, 4, 2], "num_res_blocks": 2, "channel_mult": [1, 2, 3, 4],
-        "num_head_channels": 32,
-    }  # fmt: skip
-    first = {"embed_dim": 3, "n_embed": 8192, "ddconfig": ddconfig}
-    model = _shapes({"first_stage": first, "unet": unet})
+    model = _shapes(untrained.LATENT_DIFFUSION["ldm-ffhq-untrained"])
     assert (model.latent_shape, model.image_shape) == ((64, 64, 3), (256, 256, 3))
     # The published counts: 274 M in the UNet, 55 M in the first stage.
     assert 273 < _millions(model.unet) < 275
@@ -259,11 +248,7 @@ def test_ffhq_geometry():
 
 
 def test_stable_diffusion_decoder_geometry():
-    ddconfig = {
-        "double_z": True, "z_channels": 4, "resolution": 512, "in_channels": 3, "out_ch": 3,
-        "ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [],
-    }  # fmt: skip
-    model = _shapes({"embed_dim": 4, "ddconfig": ddconfig})
+    model = _shapes(untrained.LATENT_DIFFUSION["kl-f8-untrained"])
     assert (model.latent_shape, model.image_shape) == ((64, 64, 4), (512, 512, 3))
     assert 49 < _millions(model.decoder) < 50  # 49.5 M, as published
     images = jax.eval_shape(lambda g, z: g.decode(z), model, jnp.zeros((1, 64, 64, 4)))

@@ -26,8 +26,9 @@ def _answer(generator, images):
 def encoder(key, generator, space, images, *, strength, code, batch=64, progress=True):
     """Estimate keys by encoding the images and reading their latents.
 
-    A bit that was sent as +-1 arrives as b with some error, whose variance is that of |b| around 1
-    over all bits and images: the bits themselves tell how far they can be trusted.
+    A bit that was sent as +-1 arrives as b with some error, whose variance the bits of an image
+    tell themselves: E (|b| - 1)^2 where errors are small, and E b^2 - 1, if it is more, where they
+    are as large as the bit.
 
     Args:
         key: not used; every estimator takes one.
@@ -58,7 +59,9 @@ def encoder(key, generator, space, images, *, strength, code, batch=64, progress
     w, rms = (jnp.asarray(np.concatenate(part)[:n]) for part in zip(*parts, strict=True))
     sent = fingerprint.carrier_part(space, w) / strength - fingerprint.code(0.5, form=code)
     signs = 2.0 * sent
-    variance = jnp.maximum(jnp.mean(jnp.square(jnp.abs(signs) - 1.0)), _LEAST_VARIANCE)
+    small = jnp.mean(jnp.square(jnp.abs(signs) - 1.0), axis=1, keepdims=True)
+    large = jnp.mean(jnp.square(signs), axis=1, keepdims=True) - 1.0
+    variance = jnp.maximum(jnp.maximum(small, large), _LEAST_VARIANCE)
     soft = jax.nn.sigmoid(2.0 * signs / variance)
     return Solution(soft, w, rms, jnp.full((n,), _EVALUATIONS))
 

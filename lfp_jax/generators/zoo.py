@@ -29,6 +29,16 @@ def estimator(name, attacks):
     return path if os.path.isdir(path) else None
 
 
+def basis(name):
+    """Give the path of the bundled directions of a generator's latents, or None.
+
+    Args:
+        name: of the generator.
+    """
+    path = os.path.join(_ASSETS, "bases", name)
+    return path if os.path.isdir(path) else None
+
+
 def resolve(source):
     """Turn a zoo name or a path into an existing path.
 

@@ -34,6 +34,8 @@ def train(
     total_pairs,
     directions="sensitivity",
     basis_samples=50_000,
+    metric_samples=4_096,
+    sample_steps=None,
     bits=64,
     shift=64,
     strength=4.0,
@@ -66,8 +68,9 @@ def train(
             end, the averaged network as the store `estimator` in float16, and curve.png.
         generator: a frozen generator, or what `generators.load` takes.
         total_pairs: stop after so many pairs; the learning rate falls to zero over them.
-        directions, basis_samples, seed: of the basis; an experiment with the same three has the
-            same one.
+        directions, basis_samples, metric_samples, seed: of the basis; an experiment with the same
+            four has the same one.
+        sample_steps: DDIM steps behind a latent of a latent-diffusion model; None: its own number.
         bits, shift, strength, code: the design point.
         nuisance: leading nuisance directions to estimate; None for all.
         attacks: a name in `training.CHAINS`.
@@ -97,9 +100,12 @@ def train(
     _check(mesh, total_pairs, batch, strength, log_every, save_every, evaluate_pairs)
     fold = partial(jax.random.fold_in, jax.random.key(seed))
     source = generators.load(generator) if isinstance(generator, str) else generator
+    if sample_steps is not None:
+        source = source.replace(sample_steps=sample_steps)
     fitted, metric = basis.measure_generator(
-        fold(_BASIS), source, samples=basis_samples, directions=directions
-    )
+        fold(_BASIS), source, samples=basis_samples, metric_samples=metric_samples,
+        directions=directions,
+    )  # fmt: skip
     space = basis.split(fitted, bits=bits, shift=shift)
     arch = estimators.Architecture(**network or {})
     estimator = estimators.initial(
