@@ -7,6 +7,8 @@ Usage:
 Modes, by default train for a config that has a task and experiment for any other:
   experiment  one design point, from the generator to metrics.json and a table
                 --config=configs/stylegan2.py --config.strength=2 --config.bits=32
+  plan        what an experiment would find, from a few linearised pictures
+                --mode=plan --config=configs/stylegan2.py --config.attack=paper:noise
   train       a network, as the config says; goes on where an earlier run stopped
                 --config=configs/train_estimator.py
   convert     a foreign checkpoint (rosinality .pt, NVlabs .pkl) to the native store
@@ -29,7 +31,7 @@ Flags:
   --user      issue, generate: whose key
   --count     issue: how many users, NAME-1, NAME-2, ...
   --export    issue: the folder of the user's generator
-  --n         generate: how many images
+  --n         generate: how many images; plan: how many to look at (default: 4)
   --rate      issue, attribute: the chance that anybody is named for an image of nobody's key
               (default: 1e-6)
   --pool      attribute: at last a line on all files together, as pictures of one unknown user
@@ -113,7 +115,7 @@ def _dispatch(flags, paths) -> int:
         raise UserError("--config=FILE is missing, e.g. --config=configs/stylegan2.py. See --help.")
     task = config.get("task")
     expected = "train" if task else "experiment"
-    if mode not in (None, expected) and (task or mode not in options.OWNERSHIP):
+    if mode not in (None, expected) and (task or mode not in ("plan", *options.OWNERSHIP)):
         raise UserError(f"--mode={mode} does not fit this config; it is for --mode={expected}.")
     name = flags["config"].config_filename.partition(":")[0]
     workdir = Path(flags.workdir or Path("runs") / Path(name).stem)
@@ -128,6 +130,10 @@ def _dispatch(flags, paths) -> int:
         given = {name: flags[name].value for name in _OWNERSHIP_FLAGS}
         given |= {"paths": paths, "form": flags.format}
         return importlib.import_module("lfp_jax.desk").run(mode, config, workdir, **given)
+    if mode == "plan":
+        planner = importlib.import_module("lfp_jax.planner")
+        planner.run(config, workdir, pictures=flags.n or planner.PICTURES)
+        return 0
     return importlib.import_module("lfp_jax.experiment").run(config, workdir) or 0
 
 
