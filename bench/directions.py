@@ -126,11 +126,11 @@ def table(results):
             lines.append(f"{start}out of reach: {r['displaced']:.3f} displaced of {r['asked']}")
             continue
         planned = [r["plan"][key]["value"] for key in ("alone", "jointly", "known")]
-        total = r["bits"] * r["images"]
+        wrong = f"{sum(r['wrong'])}/{r['bits'] * r['images']}"
         lines.append(
             f"{start}{r['psnr']:>6.1f}{r['standard_deviations']:>6.1f}{planned[0]:>9.4f}"
-            f"{planned[1]:>8.4f}{planned[2]:>8.4f}{r['wrong_share']:>10.4f}  "
-            f"{f'{sum(r["wrong"])}/{total}':<12}{r['evaluations']:>11.0f}"
+            f"{planned[1]:>8.4f}{planned[2]:>8.4f}{r['wrong_share']:>10.4f}  {wrong:<12}"
+            f"{r['evaluations']:>11.0f}"
         )
     return "\n".join(lines)
 
@@ -144,6 +144,7 @@ def _parse():
     parser.add_argument("--change", type=float, default=0.06, help="rms, images in [-1, 1]")
     parser.add_argument("--carriers", help="e.g. fisher:0,pca:448; default all")
     parser.add_argument("--switches", default="", help="text after the colon of the config")
+    parser.add_argument("--bank", type=int, default=8_192, help="samples to start from")
     parser.add_argument("--plot", help="PNG to draw of all results in the folder")
     return parser.parse_args()
 
@@ -157,8 +158,7 @@ def main():
 
     def starts(generator, key, metric):
         if not banks:  # the same for all
-            size = get_config(options.switches).lm.bank
-            banks["one"] = bank.make_bank(key, generator, size=size, metric=metric)
+            banks["one"] = bank.make_bank(key, generator, size=options.bank, metric=metric)
         return banks["one"]
 
     for name, shift in () if options.plot else carriers:
