@@ -61,7 +61,7 @@ def _shrink(config: ml_collections.ConfigDict) -> None:
     config.generator = "ldm-tiny"
     config.sample_steps = 2
     config.users, config.images = 2, 4
-    config.basis_samples, config.metric_samples = 256, 64
+    config.basis_samples, config.metric_samples, config.fisher.samples = 256, 64, 8
     config.bits, config.shift = 8, 20
     config.lm.bank, config.lm.ranks, config.lm.jacobians = 64, (8,), 2
     config.adam.starts, config.adam.steps = 2, 20

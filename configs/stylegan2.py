@@ -38,9 +38,12 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.basis_samples = 50_000
     config.metric_samples = 4_096
     config.bits = 64
-    config.basis = "sensitivity"  # or "pca", the paper's principal directions
+    config.basis = "sensitivity"  # "pca", the paper's; "random", "jacobian" or "fisher"
+    # Of the latter: pixels' noise that it reckons with, images in [-1, 1], and whole Jacobians.
+    config.fisher = ml_collections.ConfigDict({"noise": 0.1, "samples": 32})
     config.shift = 64  # the first direction that carries
     config.strength = 4.0  # a bit is +- half of it, here in standard deviations of the prior
+    config.equalise = False  # all bits change the image alike, and strength is rms of that change
     config.code = "antipodal"  # or "binary", the paper's
 
     config.noise = "constant"  # of the synthesis; or random an image, "known" or "unknown" later
@@ -77,6 +80,7 @@ def _shrink(config: ml_collections.ConfigDict) -> None:
     config.generator = "stylegan2-tiny"
     config.users, config.images = 2, 4
     config.basis_samples, config.bits, config.shift = 1024, 8, 20
+    config.fisher.samples = 8
     config.lm.bank, config.lm.ranks, config.lm.jacobians = 256, (8,), 4
     config.adam.starts, config.adam.steps = 2, 20
     config.fd_images = 64

@@ -5,6 +5,7 @@ again where the same generator, directions, samples and seed made it.
 """
 
 import dataclasses
+import math
 import sys
 import time
 from functools import partial
@@ -55,7 +56,7 @@ def check(config):
     choose(config.noise, _NOISES, "noise")
     choose(config.basis, basis.DIRECTIONS, "basis")
     choose(config.code, fingerprint.CODES, "code")
-    if config.get("channels") is not None and basis.DIRECTIONS[config.basis]:
+    if config.get("channels") is not None and config.basis != "pca":
         raise UserError(f"channels={config.channels} needs basis=pca; got basis={config.basis}.")
     choose(config.estimator, _ESTIMATORS, "estimator")
     attacks.find(config.attack)
@@ -107,7 +108,8 @@ def prepare(key, config, workdir, *, generator=None, refit=True):
     """
     generator = load_configured(config) if generator is None else generator
     directions, metric = _basis(key, generator, config, Path(workdir), refit)
-    space = basis.split(directions, **_carrier(config))
+    carrier = _carrier(config, metric, math.prod(generator.image_shape))
+    space = basis.split(directions, **carrier)
     return Design(generator, metric, space, {"strength": config.strength, "code": config.code})
 
 
@@ -126,20 +128,29 @@ def stored_basis(config, workdir):
     if not store.is_store(basis_path(workdir)):
         return None
     tree, metadata = store.load(basis_path(workdir))
-    if any(metadata.get(name) != value for name, value in basis_settings(config).items()):
+    pixels = metadata.get("pixels")
+    if not _fits(metadata, basis_settings(config)) or (config.get("equalise") and not pixels):
         return None
-    return metadata["sha256"], basis.split(basis.Basis(**tree["basis"]), **_carrier(config))
+    carrier = _carrier(config, tree["metric"], pixels)
+    return metadata["sha256"], basis.split(basis.Basis(**tree["basis"]), **carrier)
 
 
-def _carrier(config):
-    return {"bits": config.bits, "shift": config.shift, "repeat": config.get("repeat", 1)}
+def _carrier(config, metric, pixels):
+    """Give the options of `basis.split`; pixels of an image, colours apart."""
+    out = {"bits": config.bits, "shift": config.shift, "repeat": config.get("repeat", 1)}
+    return out | ({"metric": metric / pixels} if config.get("equalise") else {})
+
+
+def _fits(metadata, wanted):
+    return all(metadata.get(name) == value for name, value in wanted.items())
 
 
 def basis_settings(config):
     """Give what a basis depends on besides its generator; some configs leave some of it out."""
     out = {"directions": config.basis, "samples": config.basis_samples, "seed": config.seed}
     out |= {name: config.get(name) for name in ("sample_steps", "channels")}
-    return out | {"metric_samples": config.metric_samples, "quantize": config.get("quantize", True)}
+    out |= {"metric_samples": config.metric_samples, "quantize": config.get("quantize", True)}
+    return out | ({"fisher": config.fisher.to_dict()} if config.basis == "fisher" else {})
 
 
 def _basis(key, generator, config, workdir, refit):
@@ -149,7 +160,7 @@ def _basis(key, generator, config, workdir, refit):
     wanted |= basis_settings(config)
     if store.is_store(path):
         tree, metadata = store.load(path)
-        if metadata == wanted:
+        if _fits(metadata, wanted):
             return basis.Basis(**tree["basis"]), tree["metric"]
         if not refit or (workdir / REGISTRY).exists():
             raise UserError(_other_basis(path, metadata, wanted))
@@ -157,13 +168,14 @@ def _basis(key, generator, config, workdir, refit):
         raise UserError(f"There is no basis '{path}': give the --workdir where keys were issued.")
     fitted, metric = basis.measure_generator(
         key, generator, samples=config.basis_samples, metric_samples=config.metric_samples,
-        directions=config.basis,
+        directions=config.basis, noise=config.fisher.noise, fisher_samples=config.fisher.samples,
     )  # fmt: skip
     if config.get("channels") is not None:
         shape = generator.latent_shape
         fitted = basis.block(fitted, shape=shape, channels=config.channels)
     arrays = {name: each for name, each in vars(fitted).items() if each is not None}
-    store.save(path, {"basis": arrays, "metric": metric}, wanted)
+    pixels = math.prod(generator.image_shape)
+    store.save(path, {"basis": arrays, "metric": metric}, wanted | {"pixels": pixels})
     return fitted, metric
 
 

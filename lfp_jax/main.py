@@ -12,6 +12,8 @@ Modes, by default train for a config that has a task and experiment for any othe
                 --mode=grid --config=configs/stylegan2_grid.py:small
   report      one page, report.html, and a CSV of what experiments or a grid left in a workdir
                 --mode=report --workdir=runs/stylegan2
+  plan        what an experiment would find, from a few linearised pictures
+                --mode=plan --config=configs/stylegan2.py --config.attack=paper:noise
   train       a network, as the config says; goes on where an earlier run stopped
                 --config=configs/train_estimator.py
   convert     a foreign checkpoint (rosinality .pt, NVlabs .pkl) to the native store
@@ -34,7 +36,7 @@ Flags:
   --user      issue, generate: whose key
   --count     issue: how many users, NAME-1, NAME-2, ...
   --export    issue: the folder of the user's generator
-  --n         generate: how many images
+  --n         generate: how many images; plan: how many to look at (default: 4)
   --rate      issue, attribute: the chance that anybody is named for an image of nobody's key
               (default: 1e-6)
   --pool      attribute: at last a line on all files together, as pictures of one unknown user
@@ -120,7 +122,7 @@ def _dispatch(flags, paths) -> int:
         raise UserError("--config=FILE is missing, e.g. --config=configs/stylegan2.py. See --help.")
     task = config.get("task")
     expected = "train" if task else "experiment"
-    if mode not in (None, expected) and (task or mode not in ("grid", *options.OWNERSHIP)):
+    if mode not in (None, expected) and (task or mode not in ("grid", "plan", *options.OWNERSHIP)):
         raise UserError(f"--mode={mode} does not fit this config; it is for --mode={expected}.")
     workdir = _workdir(flags)
     if flags.distributed:
@@ -137,6 +139,10 @@ def _dispatch(flags, paths) -> int:
     if mode == "grid":  # its folder may be a bucket's, which Path would spoil
         place = flags.workdir or workdir
         return importlib.import_module("lfp_jax.grid").run(config, place, options.sweep(flags))
+    if mode == "plan":
+        planner = importlib.import_module("lfp_jax.planner")
+        planner.run(config, workdir, pictures=flags.n or planner.PICTURES)
+        return 0
     return importlib.import_module("lfp_jax.experiment").run(config, workdir) or 0
 
 

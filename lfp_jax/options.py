@@ -12,14 +12,14 @@ from ml_collections import config_flags
 from lfp_jax.errors import UserError, did_you_mean
 
 OWNERSHIP = ("issue", "generate", "attribute", "doctor")
-MODES = ("experiment", "grid", "train", "convert", "report", *OWNERSHIP)
+MODES = ("experiment", "grid", "plan", "report", "train", "convert", *OWNERSHIP)
 
 _MODULE = "config_config"  # the one that a config file is loaded into
 _KEYED = ("issue", "generate", "attribute")
 # Flags that mean something in some modes only, and in which.
 _BELONG = {
     "source": ("convert",), "target": ("convert", "generate"), "user": ("issue", "generate"),
-    "count": ("issue",), "export": ("issue",), "n": ("generate",), "registry": _KEYED,
+    "count": ("issue",), "export": ("issue",), "n": ("generate", "plan"), "registry": _KEYED,
     "rate": ("issue", "attribute"), "pool": ("attribute",), "format": ("attribute",),
 }  # fmt: skip
 

@@ -1,7 +1,8 @@
-"""How far images move as their latents do: the generator's mean metric E[J^T J].
+"""How images move as their latents do: Jacobians, the mean metric, and what noise leaves of it.
 
-J is the derivative of the image, all its pixels, by the latent. A quadratic form of the metric is
-the squared change of the image, summed over pixels, that a step in latent space makes on average.
+J is the derivative of the image, all its pixels, by the latent. A quadratic form of J^T J is the
+squared change of the image, summed over pixels, that a step in latent space makes; on average over
+the prior it is one of the generator's mean metric E[J^T J].
 """
 
 from functools import partial
@@ -10,8 +11,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lfp_jax import sharding
 from lfp_jax.errors import UserError
 from lfp_jax.logs import Progress
+
+_CHUNK = 64  # tangents pushed through a function at once
+_LEAST_NOISE = 0.02  # below, float32 does not hold J^T J / noise^2 beside the prior's unit matrix
+
+
+def columns(function, x, tangents):
+    """Value of a function at x and its derivatives [t, *shape] along tangents [t, n], in chunks."""
+    count, chunk = len(tangents), _chunk(len(tangents))
+    padded = jnp.pad(tangents, ((0, -count % chunk), (0, 0))).reshape(-1, chunk, len(x))
+    value, push = jax.linearize(function, x)
+    rows = jax.lax.map(jax.vmap(push), padded)
+    return value, rows.reshape(-1, *value.shape)[:count]
+
+
+def evaluations(count):
+    """Count the evaluations of a function that `columns` makes for `count` tangents."""
+    return 1 + count + -count % _chunk(count)
+
+
+def _chunk(count):
+    """Give the size of chunks of about the same size, _CHUNK at most."""
+    return -(-count // -(-count // _CHUNK))
 
 
 def mean_metric(key, generator, *, samples=4_096, batch=32):
@@ -69,3 +93,60 @@ def _probe(key, generator, start, *, batch):
     signs = jax.vmap(lambda k: jax.random.rademacher(k, generator.image_shape, jnp.float32))(keys)
     _, pull = jax.vjp(generator.decode, latents)
     return pull(signs)[0].reshape(batch, -1)
+
+
+def mean_posterior(key, generator, steps, *, noise, samples=32):
+    """Average what noise leaves unknown of a latent: E[(I + A^T J^T J A / noise^2)^-1].
+
+    Each image is linearised where it is; coordinates t of its latent m + A t have prior N(0, I),
+    and a pixel that the 8-bit range clips says nothing. A whole Jacobian an image, one at a time on
+    each device of the mesh.
+
+    Args:
+        key: draws the latents.
+        generator: a frozen generator.
+        steps: A [d, r], a standard deviation of the prior each, uncorrelated.
+        noise: standard deviation of a pixel's noise, images in [-1, 1].
+        samples: images.
+
+    Returns:
+        float64 [r, r] on the host, the mean of the posterior covariances of t.
+
+    Raises:
+        UserError: no samples, or a noise that float32 cannot resolve.
+    """
+    if samples < 1:
+        raise UserError(f"samples of the mean posterior must be >= 1; got {samples}.")
+    if not noise >= _LEAST_NOISE:
+        raise UserError(f"noise behind a basis must be >= {_LEAST_NOISE}; got {noise}.")
+    mesh = sharding.mesh(devices=jax.local_devices())  # several processes all do the same
+    generator, steps = sharding.replicate(mesh, (generator, np.asarray(steps, np.float32)))
+    total, unit = 0.0, np.eye(steps.shape[1])
+    with Progress(samples, label="information") as progress:
+        for start in range(0, samples, mesh.size):
+            latents = sharding.shard(mesh, _draw(key, generator, start, count=mesh.size))
+            grams = np.asarray(_grams(generator, steps, latents), np.float64)
+            for gram in grams[: samples - start]:
+                total = total + np.linalg.inv(unit + gram / noise**2)
+            progress.update(min(start + mesh.size, samples))
+    return total / samples
+
+
+@partial(jax.jit, static_argnames=("count",))
+def _draw(key, generator, start, *, count):
+    return generator.sample(key, count, start=start)
+
+
+@jax.jit
+def _grams(generator, steps, latents):
+    """A^T J^T J A [n, r, r] of latents [n, ...], over the pixels that are not clipped."""
+
+    def one(latent):
+        def decode(flat):
+            return generator.decode(flat.reshape(1, *latent.shape))[0].reshape(-1)
+
+        image, rows = columns(decode, latent.reshape(-1), steps.T)
+        rows = rows * (jnp.abs(image) < 1.0)[None]
+        return jnp.einsum("ap,bp->ab", rows, rows, precision="highest")
+
+    return jax.vmap(one)(latents)

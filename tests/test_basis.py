@@ -4,12 +4,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import linear_generator
 import numpy as np
 import pytest
 
-from lfp_jax import basis, fingerprint, generators
+from configs.stylegan2 import get_config
+from lfp_jax import basis, design, fingerprint, generators, sensitivity
 from lfp_jax.errors import UserError
-from lfp_jax.generators import untrained, zoo
+from lfp_jax.generators import stylegan2, untrained, zoo
 from lfp_jax.training import directions
 
 GOLDEN = Path(__file__).parent / "golden" / "fingerprint_sg2" / "io.npz"
@@ -209,3 +211,110 @@ def test_shipped_directions_are_those_measured(tmp_path, monkeypatch):
     ):
         basis.measure_generator(own_key, source, directions="pca", **counts | more)
     assert len(measured) == 3
+
+
+LINEAR = linear_generator.make()
+METRIC = np.asarray(LINEAR.jacobian, np.float64).T @ np.asarray(LINEAR.jacobian, np.float64)
+
+
+@pytest.fixture(scope="module")
+def named():
+    """Give bases of a linear generator by name, all of the same latents."""
+    fitted = basis.fit(basis.sample(jax.random.key(0), LINEAR, 2_000))
+    key = jax.random.key(1)
+    return {
+        "pca": fitted,
+        "sensitivity": basis.turn(fitted, METRIC),
+        "random": basis.random_directions(key, fitted),
+        "jacobian": basis.jacobian_directions(fitted, METRIC),
+        "fisher": basis.fisher_directions(key, LINEAR, fitted, METRIC, noise=0.05, samples=6),
+    }
+
+
+def test_random_and_jacobian_directions_are_orthonormal(named):
+    for name in ("random", "jacobian"):
+        v = np.asarray(named[name].components)
+        np.testing.assert_allclose(v.T @ v, np.eye(16), atol=1e-5)
+    v = np.asarray(named["jacobian"].components, np.float64)
+    changes = v.T @ METRIC @ v
+    np.testing.assert_allclose(changes, np.diag(np.diag(changes)), atol=1e-5 * changes.max())
+    assert np.all(np.diff(np.diag(changes)) < 0.0)
+
+
+@pytest.mark.parametrize("repeat", [1, 2])
+@pytest.mark.parametrize("name", ["random", "jacobian", "fisher"])
+def test_what_a_correlated_carrier_leaves_is_uncorrelated_with_it(named, name, repeat):
+    space = basis.split(named[name], bits=4, shift=3, repeat=repeat)
+    latents = basis.sample(jax.random.key(0), LINEAR, 2_000)  # those the basis was fitted to
+    part = np.asarray(fingerprint.carrier_part(space, latents), np.float64)
+    rest = np.asarray(fingerprint.whitened_nuisance(space, latents), np.float64)
+    assert rest.shape == (2_000, 12)
+    covariance = np.cov(np.concatenate([part / part.std(0), rest], axis=1).T)
+    np.testing.assert_allclose(covariance[4:], np.eye(16)[4:], atol=2e-3)
+    np.testing.assert_allclose(part.std(axis=0, ddof=1), space.carrier_stddev, rtol=1e-3)
+    bits = np.random.default_rng(0).integers(0, 2, (2_000, 4)).astype(np.uint8)
+    marked = fingerprint.inject(space, latents, bits, strength=0.5)
+    np.testing.assert_array_equal(fingerprint.read(space, marked, strength=0.5), bits)
+    np.testing.assert_allclose(
+        fingerprint.whitened_nuisance(space, marked)[:50], rest[:50], atol=2e-3
+    )
+
+
+def test_equalised_steps_change_the_image_alike_and_strength_is_their_rms(named):
+    pixels = 48
+    for name, fitted in named.items():
+        space = basis.split(fitted, bits=6, shift=4, metric=METRIC / pixels)
+        bits = np.eye(6, dtype=np.uint8)  # each from all zeros: a bit's whole step
+        both = [
+            fingerprint.compose(space, np.zeros((6, 10)), b, strength=0.02)
+            for b in (bits, 0 * bits)
+        ]
+        moved = LINEAR.decode(both[0]) - LINEAR.decode(both[1])
+        mean_squares = np.square(moved).mean((1, 2, 3))
+        np.testing.assert_allclose(mean_squares, 4 * 0.02**2 / 6, rtol=1e-3, err_msg=name)
+        keys = np.array([[b >> i & 1 for i in range(6)] for b in range(64)])
+        marked = fingerprint.compose(space, np.zeros((64, 10)), keys, strength=0.02)
+        change = np.square(LINEAR.decode(marked) - LINEAR.decode(space.mean[None])).mean()
+        np.testing.assert_allclose(change**0.5, 0.02, rtol=1e-3, err_msg=name)
+        again = fingerprint.read(space, marked, strength=0.02)
+        np.testing.assert_array_equal(again, keys)
+
+
+def test_where_images_are_linear_the_fisher_directions_are_the_sensitive_ones(named):
+    told, sensitive = (np.asarray(named[n].components) for n in ("fisher", "sensitivity"))
+    told, sensitive = (each / np.linalg.norm(each, axis=0) for each in (told, sensitive))
+    np.testing.assert_allclose(np.abs(np.sum(told * sensitive, axis=0)), 1.0, atol=1e-2)
+
+
+def test_the_mean_posterior_is_that_of_whole_jacobians_and_clipped_pixels_say_nothing():
+    arch = stylegan2.Architecture(
+        resolution=8, channels=(8, 8), z_dim=12, w_dim=12, mapping_layers=1, mapping_width=12
+    )
+    generator = stylegan2.random_generator(jax.random.key(0), arch)
+    steps = np.random.default_rng(0).normal(size=(12, 5))
+    found = sensitivity.mean_posterior(
+        jax.random.key(3), generator, steps, noise=0.3, samples=6
+    )  # over four devices, two of which do one more
+    expected = 0.0
+    for w in generator.sample(jax.random.key(3), 6):
+        rows = np.asarray(jax.jacfwd(lambda w: generator.decode(w[None]).reshape(-1))(w)) @ steps
+        rows = rows * (np.abs(generator.decode(w[None])).reshape(-1) < 1.0)[:, None]
+        expected += np.linalg.inv(np.eye(5) + rows.T @ rows / 0.3**2) / 6
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    with pytest.raises(UserError, match=r"noise behind a basis must be >= 0\.02; got 0\.001\."):
+        sensitivity.mean_posterior(jax.random.key(3), generator, steps, noise=1e-3)
+
+
+@pytest.mark.parametrize("name", ["random", "fisher"])
+def test_named_directions_are_stored_and_found_again(name, tmp_path):
+    config = get_config("tiny")
+    config.update(basis=name, equalise=True, strength=0.05, basis_samples=128, metric_samples=64)
+    config.fisher.samples = 4
+    point = design.prepare(jax.random.key(0), config, tmp_path)
+    again = design.prepare(jax.random.key(5), config, tmp_path, generator=point.generator)
+    found = design.stored_basis(config, tmp_path)
+    for space in (again.space, found[1]):
+        np.testing.assert_array_equal(space.carrier, point.space.carrier)
+        np.testing.assert_array_equal(space.nuisance_dual, point.space.nuisance_dual)
+    config.fisher.noise = 0.2  # only one of the two hangs on it
+    assert (design.stored_basis(config, tmp_path) is None) == (name == "fisher")

@@ -17,11 +17,13 @@ CONFIGS = [
 ORDER = [
     "images", "weights", "generators", "sensitivity", "basis", "fingerprint", "keys", "shallow",
     "registry", "attacks", "metrics", "attribution", "adversary", "report", "training", "design",
-    "enrolment", "ownership", "desk", "experiment", "cells", "grid", "options", "main",
+    "enrolment", "ownership", "desk", "planner", "experiment", "cells", "grid", "options", "main",
 ]  # fmt: skip
 LEAVES = {"errors", "files", "sharding", "logs"}  # imported by all, and import one another only
 DISK = {"files", "weights", "images", "registry", "logs", "report", "training.data", "cells"}
-SEE_CONFIGS = {"design", "enrolment", "ownership", "desk", "experiment", "grid", "options", "main"}
+SEE_CONFIGS = {
+    "design", "enrolment", "ownership", "desk", "planner", "experiment", "grid", "options", "main",
+}  # fmt: skip
 
 # Options that the stable names of the design let callers give by position.
 POSITIONAL_DEFAULTS = {"generators.stylegan2.StyleGAN2.map"}

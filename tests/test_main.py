@@ -55,7 +55,7 @@ def _main(*args):
         ([CONFIG, "--config.bits=1.5"], "1.5"),
         ([CONFIG, "--config.strength=high"], "high"),
         (["--config.bits=3", CONFIG], "before a value for --config"),
-        ([CONFIG, "--mode=experimant"], "experiment|train|convert"),
+        ([CONFIG, "--mode=experimant"], "experiment|grid|plan|report|train|convert"),
         ([CONFIG, "--mode=train"], "it is for --mode=experiment"),
         ([CONFIG, "--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
         ([CONFIG, "again"], "Unexpected argument 'again'"),

@@ -1,7 +1,7 @@
 """The linear algebra of a Gauss-Newton step under a prior N(0, I) and noise of variance v.
 
 A step solves (J^T J / v + I) step = -(J^T r / v + theta). Jacobians J are rows, [a, p] for a
-unknowns; they come by forward mode, a column an evaluation of the function.
+unknowns, as `sensitivity.columns` gives them.
 """
 
 from functools import partial
@@ -9,30 +9,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-_CHUNK = 64  # tangents pushed through a function at once
 QUANTUM = (2.0 / 255.0) ** 2 / 12.0  # variance of rounding to 8 bits on the [-1, 1] scale
 _SHIFT = 3e-6  # of the trace: above what float32 loses in a product of many rows
 
 _einsum = partial(jnp.einsum, precision="highest")
-
-
-def columns(function, x, tangents):
-    """Value of a function at x and its derivatives [t, *shape] along tangents [t, n], in chunks."""
-    count, chunk = len(tangents), _chunk(len(tangents))
-    padded = jnp.pad(tangents, ((0, -count % chunk), (0, 0))).reshape(-1, chunk, len(x))
-    value, push = jax.linearize(function, x)
-    rows = jax.lax.map(jax.vmap(push), padded)
-    return value, rows.reshape(-1, *value.shape)[:count]
-
-
-def evaluations(count):
-    """Count the evaluations of a function that `columns` makes for `count` tangents."""
-    return 1 + count + -count % _chunk(count)
-
-
-def _chunk(count):
-    """Give the size of chunks of about the same size, _CHUNK at most."""
-    return -(-count // -(-count // _CHUNK))
 
 
 def gram(rows):

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lfp_jax import sharding
+from lfp_jax import sensitivity, sharding
 from lfp_jax.attribution import channel, coordinates, decoding, gauss_newton
 from lfp_jax.attribution.bank import guesses
 from lfp_jax.attribution.encoder import encoder, has_encoder
@@ -80,7 +80,7 @@ def _linearise(generator, frame, views, theta, *, rank):
     def one(view, theta):
         tangents = jnp.eye(rank, len(theta))
         model = partial(_model, generator, frame, view)
-        image, jacobian = gauss_newton.columns(model, theta, tangents)
+        image, jacobian = sensitivity.columns(model, theta, tangents)
         difference, live = channel.compare(view, image)
         scale = channel.scale(view, difference, live)
         rows = jax.vmap(partial(channel.differentiate, view))(jacobian)
@@ -156,7 +156,7 @@ def _outer_step(generator, frame, views, theta, *, rank, chords):
         if not goes_on.any():
             break
     found = _settle(generator, frame, views, scales, begin, end, *linear, factors)
-    return *found, gauss_newton.evaluations(rank) + count + len(_SHORT)
+    return *found, sensitivity.evaluations(rank) + count + len(_SHORT)
 
 
 def _choose(mask, yes, no):
