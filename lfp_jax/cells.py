@@ -3,7 +3,6 @@
     WORKDIR/cells/HASH.json, HASH.png      the result of a cell, and its pictures
     WORKDIR/claims/NAME.N                  who took up the piece of work NAME, at the N-th try
     WORKDIR/bases/NAME/                    bases that cells share
-    WORKDIR/cells.csv                      all results
 
 Files are written whole or not at all. Any number of processes may share the folder, on a file
 system of several machines too, or in a bucket (by `etils.epath`; a bucket keeps no bases).

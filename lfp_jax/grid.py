@@ -8,10 +8,8 @@ and one distance.
 
 import contextlib
 import copy
-import csv
 import dataclasses
 import hashlib
-import io
 import itertools
 import json
 import sys
@@ -50,7 +48,7 @@ class Cell:
 
 
 def run(config, workdir, sweep):
-    """Measure every cell of a sweep that has no result yet; write cells.csv and print a table.
+    """Measure every cell of a sweep that has no result yet; print a table of all.
 
     Args:
         config: the design point that the sweep changes, see configs/stylegan2.py.
@@ -73,12 +71,9 @@ def run(config, workdir, sweep):
         print(f"Nothing to do: all {len(cells)} cells are in {folder.path}/cells.")
 
     # --- show ----------------------------------------------------------------------------------
-    records = folder.read_all()
-    folder.write_text("cells.csv", to_csv(records))
-    # The HTML page of the folder is written here.
-    print(table(records))
+    print(table(folder.read_all()))
     done, failed = states.count()
-    print(f"{done} cells done, {failed} failed: {folder.path}/cells.csv, {folder.path}/cells/")
+    print(f"{done} cells done, {failed} failed: {folder.path}/cells/")
     return 1 if failed else 0
 
 
@@ -257,27 +252,6 @@ def _prepare(folder, bench, config):
     with contextlib.nullcontext() if there else folder.wait(f"basis-{name}"):
         bench.prepare(config, workdir)
     return workdir
-
-
-def to_csv(records):
-    """Lay results out as CSV: what differs between cells, then every quantity with its interval.
-
-    Args:
-        records: of `cells.Folder.read_all`.
-    """
-    fields = _varying(records)
-    names = dict.fromkeys(name for record in records for name in record.get("metrics", {}))
-    parts = [(name, part) for name in names for part in ("value", "low", "high", "images")]
-    heads = [name if part == "value" else f"{name}_{part}" for name, part in parts]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["hash", *fields, *heads, "error"])
-    for record in records:
-        settings, metrics = _flat(record["settings"]), record.get("metrics", {})
-        values = [metrics.get(name, {}).get(part) for name, part in parts]
-        settings = [settings.get(name) for name in fields]
-        writer.writerow([record["hash"], *settings, *values, record.get("error")])
-    return text.getvalue()
 
 
 def table(records):

@@ -7,8 +7,9 @@ Usage:
 Modes, by default train for a config that has a task and experiment for any other:
   experiment  one design point, from the generator to metrics.json and a table
                 --config=configs/stylegan2.py --config.strength=2 --config.bits=32
-  grid        every design point of the config's sweep(add), a JSON file each in WORKDIR/cells; goes
-              on where an earlier run stopped; any number of processes may share the work folder
+  grid        every design point of the config's sweep(add), a JSON file each in WORKDIR/cells, and
+              a report; goes on where an earlier run stopped; any number of processes may share the
+              work folder
                 --mode=grid --config=configs/stylegan2_grid.py:small
   report      one page, report.html, and a CSV of what experiments or a grid left in a workdir
                 --mode=report --workdir=runs/stylegan2
@@ -137,8 +138,9 @@ def _dispatch(flags, paths) -> int:
         given |= {"paths": paths, "form": flags.format}
         return importlib.import_module("lfp_jax.desk").run(mode, config, workdir, **given)
     if mode == "grid":  # its folder may be a bucket's, which Path would spoil
-        place = flags.workdir or workdir
-        return importlib.import_module("lfp_jax.grid").run(config, place, options.sweep(flags))
+        place = str(flags.workdir or workdir)
+        status = importlib.import_module("lfp_jax.grid").run(config, place, options.sweep(flags))
+        return status if "://" in place else max(_report(workdir), status)
     if mode == "plan":
         planner = importlib.import_module("lfp_jax.planner")
         planner.run(config, workdir, pictures=flags.n or planner.PICTURES)

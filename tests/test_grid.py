@@ -1,7 +1,5 @@
 """The grid: each cell once, whatever stops or joins it; the same numbers as a single experiment."""
 
-import csv
-import io
 import json
 import os
 import subprocess
@@ -17,6 +15,7 @@ from configs import stylegan2_grid
 from lfp_jax import basis, cells, design, experiment, grid, images, main
 from lfp_jax.attribution import bank
 from lfp_jax.errors import UserError
+from lfp_jax.report import results
 
 CONFIG = "configs/stylegan2_grid.py:tiny"
 
@@ -133,10 +132,8 @@ def test_a_result_says_all_that_a_report_needs(stand_in, tmp_path):
         assert (
             images.read(tmp_path / "cells" / record["pictures"]).shape[1] == 2 * (8 + 2) * 12 + 24
         )
-    rows = list(csv.DictReader(io.StringIO((tmp_path / "cells.csv").read_text())))
-    assert len(rows) == 10
-    assert {row["attack"] for row in rows if row["strength"] == "2.0"} >= {"none", "paper:jpeg"}
-    assert (rows[0]["bit_accuracy"], rows[0]["bit_accuracy_low"]) == ("0.5", "0.25")
+    found, problems = results.read(tmp_path)
+    assert (len(found), problems) == (10, [])
 
 
 def test_another_setting_is_another_cell(stand_in, tmp_path):
