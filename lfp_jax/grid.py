@@ -74,7 +74,7 @@ def run(config, workdir, sweep):
 
     # --- show ----------------------------------------------------------------------------------
     records = folder.read_all()
-    folder.write_text("cells.csv", to_csv(records))
+    folder.put("cells.csv", to_csv(records))
     # The HTML page of the folder is written here.
     print(table(records))
     done, failed = states.count()
