@@ -1,8 +1,8 @@
 """The grid of `stylegan2_grid.py` on the paper's generators: FFHQ, AFHQ-cat and AFHQ-dog.
 
-    python -m lfp_jax.main --mode=grid --config=configs/stylegan2_ffhq.py
-    python -m lfp_jax.main --mode=grid --config=configs/stylegan2_ffhq.py:cat
-    python -m lfp_jax.main --mode=grid --config=configs/stylegan2_ffhq.py:dog
+    python -m lfp_jax.main --config=configs/stylegan2_ffhq.py --mode=grid
+    python -m lfp_jax.main --config=configs/stylegan2_ffhq.py:cat --mode=grid
+    python -m lfp_jax.main --config=configs/stylegan2_ffhq.py:dog --mode=grid
 
 1,000 images a cell, each with a key of its own, as published. The same command on any number of
 machines with one --workdir shares the cells out, and goes on where it was stopped.

@@ -1,6 +1,6 @@
 """The paper's design space on the demo: strength, shift, bits and code, clean and under attacks.
 
-    python -m lfp_jax.main --mode=grid --config=configs/stylegan2_grid.py
+    python -m lfp_jax.main --config=configs/stylegan2_grid.py --mode=grid
 
 One factor at a time about the paper's own point (principal directions, shift d - k = 448, 64 bits,
 strength 1, code `binary`), and the carriers of the main job at three strengths for comparison: 21

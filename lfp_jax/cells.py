@@ -71,9 +71,9 @@ class Folder:
         name = f"cells/{record['hash']}"
         if sheet is not None:
             self._write(f"{name}.png", images.encode_png(sheet))
-        self.write_text(f"{name}.json", logs.to_text(record))
+        self.put(f"{name}.json", logs.to_text(record))
 
-    def write_text(self, name: str, text: str) -> None:
+    def put(self, name: str, text: str) -> None:
         """Write a text file in one step."""
         self._write(name, text.encode())
 

@@ -149,7 +149,7 @@ class Bench:
         seen = attacks.apply(_key(config, _ATTACK), made, attack)
 
         # --- estimate --------------------------------------------------------------------------
-        make_bank = partial(self._bank, config)
+        make_bank = partial(self._bank, config=config)
         key = _key(config, _BANK)
         estimator, setup_seconds = design.estimator(key, point, config, make_bank=make_bank)
         start = time.monotonic()
@@ -185,7 +185,7 @@ class Bench:
         rows = {name: np.clip(row[:_COLUMNS], -1.0, 1.0) for name, row in rows.items()}
         return Result(metrics, [dataclasses.asdict(each) for each in bins], seen, rows)
 
-    def _bank(self, config, key, generator, *, size, metric):
+    def _bank(self, key, generator, *, config, size, metric):
         # The metric follows from these settings too, whatever the directions are.
         names = ("seed", "metric_samples")
         settings = design.generator_settings(config) | {name: config[name] for name in names}

@@ -303,6 +303,12 @@ def test_what_is_dear_is_made_once(real):
     assert len(list((workdir / "bases").iterdir())) == 1
 
 
+def test_it_ends_in_a_report(real):
+    workdir, _ = real
+    assert "<html" in (workdir / "report.html").read_text()
+    assert len((workdir / "report.csv").read_text().splitlines()) == 1 + len(_records(workdir))
+
+
 def test_a_cell_has_the_numbers_of_the_single_experiment(real, tmp_path, quick_compilation):
     workdir, _ = real
     argv = ["main", f"--config={CONFIG}", f"--workdir={tmp_path}", "--config.attack=paper:noise"]
