@@ -152,7 +152,7 @@ def test_points_that_no_other_beats_are_marked(grid):
     assert len(rows) == 9
     # Among 64 bits sensitivity beats pca; 32 bits of pca have the highest PSNR.
     assert [row.split()[2:6] for row in marked] == [
-        ["32", "pca", "1", "0.958"], ["64", "sensitivity", "1", "1.000"]
+        ["pca", "32", "1", "0.958"], ["sensitivity", "64", "1", "1.000"]
     ]  # fmt: skip
 
 

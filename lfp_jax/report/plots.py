@@ -6,6 +6,7 @@ colours that colour-blind readers tell apart (Okabe and Ito 2008).
 
 import dataclasses
 import io
+import math
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -166,9 +167,9 @@ def spectrum_svg(
     figure = _figure(3.6)
     axis = figure.subplots()
     for (name, changes), colour in zip(series.items(), COLOURS, strict=False):
-        for change, step, dashes in zip(changes, ("unit", "std. dev."), ("--", "-"), strict=True):
-            label = f"{name}, by one {step}"
-            axis.plot(change, dashes, label=label, color=colour, linewidth=1.3)
+        by_unit, by_deviation = changes
+        axis.plot(by_unit, label=f"{name}, by one unit", color=colour, linewidth=0.9, alpha=0.4)
+        axis.plot(by_deviation, label=f"{name}, by one std. dev.", color=colour, linewidth=1.1)
     for i, x in enumerate(marks):
         axis.axvline(x, label=None if i else "carriers begin", **_MARK)
     axis.set(xlabel="position of the direction", ylabel=ylabel, yscale="log")
@@ -233,10 +234,10 @@ def _front(axis, pairs, falling):
 
 
 def _rate_axis(axis):
-    """Show a rate from zero, or from a half where nothing is below, up to one."""
+    """Show a rate from a whole tenth below the lowest up to one."""
     low, high = axis.get_ylim()
     if high <= 1.1:
-        axis.set_ylim((0.48 if low > 0.48 else min(low, 0.0) - 0.03), 1.03)
+        axis.set_ylim(max(math.floor(10 * low) / 10, 0.0) - 0.03, 1.03)
 
 
 def _look(style, legend):

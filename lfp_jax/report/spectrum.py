@@ -12,7 +12,7 @@ from lfp_jax.weights import store
 
 _LARGEST = 4_096  # latent dimensions of which the principal directions take seconds, not an hour
 _RMS = "rms (images in [-1, 1])"
-_SUM = "root of summed squares"
+_SUM = "norm (images in [-1, 1])"
 
 
 @dataclasses.dataclass(frozen=True)

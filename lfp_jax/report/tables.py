@@ -23,12 +23,13 @@ LABELS = {
     "seconds_per_image": "seconds an image",
 }
 _SHARES = ("bit_accuracy", "word_accuracy", "right_user_first", "tpr_at_fpr", "ssim")
+_FIRST = ("generator", "estimator", "basis", "code", "shift", "bits", "strength", "attack")
 _LARGEST = 1e9  # place on an axis
 
 
 def varied(cells: Sequence[Cell]) -> list[str]:
-    """List the settings that differ between cells, in the order of the configs."""
-    names = dict.fromkeys(name for cell in cells for name in cell.settings)
+    """List the settings that differ between cells, those that make a design point first."""
+    names = dict.fromkeys([*_FIRST, *(name for cell in cells for name in cell.settings)])
     return [name for name in names if len({text(c.settings.get(name)) for c in cells}) > 1]
 
 
