@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import xml.dom.minidom
 
 import numpy as np
 import pytest
@@ -206,6 +207,20 @@ def test_whatever_files_say_is_escaped(tmp_path):
     assert _words(page).count(HOSTILE) > 15
     for alt, svg in _plots(page).items():
         assert "<script" not in svg + alt
+
+
+def test_names_of_any_kind_are_drawn_as_they_are(tmp_path):
+    for i, name in enumerate(("$\\frac$ _^ \x01", "x" * 300)):
+        record = _cell(1.0, "none")
+        record["settings"]["estimator"] = name
+        record["metrics"]["fd"]["features"] = name
+        _write(tmp_path / "cells", f"c{i}", record)
+    drawn = _plots(report.write(tmp_path)[0].read_text(encoding="utf-8"))
+    for svg in drawn.values():
+        xml.dom.minidom.parseString(svg)
+    reliability = drawn[next(alt for alt in drawn if "Reliability" in alt)]
+    assert "$\\frac$ _^  <" in reliability
+    assert "x" * 39 + "…" in reliability
 
 
 DAMAGED = {

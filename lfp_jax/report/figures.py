@@ -45,7 +45,7 @@ def tradeoffs(
         if name == "fd":
             plain = {tables.value(cell, "fd_plain") for cell in shown} - {None}
             options["marks"] = [("plain images", distance) for distance in sorted(plain)]
-        xlabel = f"{tables.label(column)}\n({better} is better)"
+        xlabel = f"{_drawable(tables.label(column), 60)}\n({better} is better)"
         title = f"Accuracy against {tables.LABELS[name]} {under}"
         figures += _accuracy(shown, x, xlabel, title, fields, everything, **options)
     return figures
@@ -96,14 +96,21 @@ def _measured(cell, name):
 
 
 def _named(fields, values):
-    return tuple(f"{field} {value}" for field, value in zip(fields, values, strict=True))
+    pairs = zip(fields, values, strict=True)
+    return tuple(_drawable(f"{field} {value}", 40) for field, value in pairs)
+
+
+def _drawable(text, most):
+    """Make a text from a file fit for a figure: short, and without control characters."""
+    text = "".join(each if each.isprintable() else " " for each in text)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def reliability(cells: Sequence[Cell], *, under: str) -> list[dict[str, str]]:
     """Plot the reliability of soft bits, those of all design points together; as `tradeoffs`."""
     series = {}
     for cell in (cell for cell in cells if cell.reliability):
-        estimator = tables.text(cell.settings.get("estimator"))
+        estimator = _drawable(tables.text(cell.settings.get("estimator")), 40)
         series.setdefault(estimator, []).extend(cell.reliability)
     if not series:
         return []
@@ -135,7 +142,10 @@ def spectra(found: Sequence[Spectrum], cells: Sequence[Cell]) -> list[dict[str, 
     figures = []
     for unit in dict.fromkeys(each.unit for each in found):
         alike = [each for each in found if each.unit == unit]
-        series = {each.basis: (each.sensitivity, each.sensitivity * each.stddev) for each in alike}
+        series = {
+            _drawable(each.basis, 20): (each.sensitivity, each.sensitivity * each.stddev)
+            for each in alike
+        }
         svg = plots.spectrum_svg(series, ylabel=f"image change, {unit}", marks=shifts)
         told = ", ".join(f"{each.basis}: {len(each.stddev)} directions" for each in alike)
         figures.append(_figure(svg, "How far pictures move along each direction", told))

@@ -25,6 +25,7 @@ _DASHES = ("-", "--", ":", "-.")
 _WIDTH = 4.4  # inches of a figure on a page: its text is then as large as the page's on a phone
 _MARK = {"color": "0.45", "linewidth": 0.8, "linestyle": (0, (1, 2))}
 _PAGE = {
+    "text.parse_math": False,  # a dollar sign in a name is one
     "svg.fonttype": "none", "svg.hashsalt": "lfp_jax", "font.size": 9.5, "axes.edgecolor": "0.3",
     "axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 9.0,
 }  # fmt: skip
@@ -173,6 +174,8 @@ def spectrum_svg(
     for i, x in enumerate(marks):
         axis.axvline(x, label=None if i else "carriers begin", **_MARK)
     axis.set(xlabel="position of the direction", ylabel=ylabel, yscale="log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("")
     axis.grid(alpha=0.25, linewidth=0.6)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return _svg(figure)
