@@ -8,7 +8,8 @@ import linear_generator
 import numpy as np
 import pytest
 
-from configs.stylegan2 import get_config
+from configs import ldm as ldm_config
+from configs import stylegan2 as stylegan2_config
 from lfp_jax import basis, design, fingerprint, generators, sensitivity
 from lfp_jax.errors import UserError
 from lfp_jax.generators import stylegan2, untrained, zoo
@@ -305,9 +306,9 @@ def test_the_mean_posterior_is_that_of_whole_jacobians_and_clipped_pixels_say_no
         sensitivity.mean_posterior(jax.random.key(3), generator, steps, noise=1e-3)
 
 
-@pytest.mark.parametrize("name", ["random", "fisher"])
-def test_named_directions_are_stored_and_found_again(name, tmp_path):
-    config = get_config("tiny")
+@pytest.mark.parametrize(("name", "family"), [("random", stylegan2_config), ("fisher", ldm_config)])
+def test_named_directions_are_stored_and_found_again(name, family, tmp_path):
+    config = family.get_config("tiny")
     config.update(basis=name, equalise=True, strength=0.05, basis_samples=128, metric_samples=64)
     config.fisher.samples = 4
     point = design.prepare(jax.random.key(0), config, tmp_path)
