@@ -74,7 +74,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     if switches.tiny:
         config.network.channels, config.network.blocks = (8,), 1
         config.network.head, config.network.width = 8, 32
-        config.basis_samples, config.bits, config.batch, config.total_pairs = 1024, 8, 8, 64
+        config.basis_samples, config.metric_samples = 1024, 64
+        config.bits, config.batch, config.total_pairs = 8, 8, 64
         config.warmup, config.log_every, config.save_every = 2, 1, 4
         config.evaluate_every, config.evaluate_pairs = 4, 8
     return config

@@ -20,7 +20,7 @@ case $n in '' | *[!0-9]* | 0*)
   exit 2 ;;
 esac
 shift
-few=(--config=configs/train_estimator.py:tiny --config.metric_samples=64)
+few=(--config=configs/train_estimator.py:tiny)
 [ $# -gt 0 ] || set -- "${few[@]}" --workdir=runs/local_pod
 python=${PYTHON:-python3}
 alone=("$python" -m lfp_jax.main "$@")

@@ -31,8 +31,7 @@ def test_links_lead_to_files(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_name_files_that_exist(page):
     named = re.findall(r"(?:configs|launch|docs|tests)/[\w/]+\.\w+", page.read_text("utf-8"))
-    known = {"configs/stylegan2_grid.py"}  # comes with --mode=grid
-    assert not [path for path in named if not (ROOT / path).exists() and path not in known]
+    assert not [path for path in named if not (ROOT / path).exists()]
 
 
 def test_the_mathematics_names_what_there_is():
