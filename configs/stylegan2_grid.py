@@ -7,9 +7,9 @@ strength 1, code `binary`), the other code at three strengths, and the carriers 
 three: 18 design points, each under `none` and the four attacks of `paper`, 90 cells. Two processes
 make the most of two cores: give the command twice, at the same time.
 
-`lm` is too slow on a CPU for the 200 images a cell that one would want, and a shorter search than
-this one fails on words: with one full Jacobian in place of two, clean images at the paper's point
-had bit accuracy 0.975 and no word of 5 (3.0 s of one core an image). So it is 10 images a cell,
+`lm` is too slow on a CPU for the 200 images a cell that one would want, and a short search costs
+words: with one Jacobian along 64 directions, clean images at the paper's point had bit accuracy
+0.975 and no word of 5 (3.0 s of one core an image). So it is 10 images a cell and two Jacobians,
 laid out for an hour of two cores (reckoned, not run in full); `--config.images=200
 --config.users=200` is the long form.
 

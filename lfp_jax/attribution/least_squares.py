@@ -248,7 +248,7 @@ def lm(
         progress: show a progress line.
 
     Returns:
-        A Solution; soft bits are sigmoid(2 b / var b) of the whitened bit b at the solution.
+        A Solution; soft bits are those of `decoding.soft_bits`.
 
     Raises:
         UserError: images of another shape than the generator's, or an option out of bounds.
