@@ -26,10 +26,12 @@ _CELLS = (
 )
 
 
-def _call(generator, work):
-    """Give a function of no arguments that does the work and waits for it."""
+def _call(generator, work, keep):
+    """Give a function that does the work with some parts of a generator, and its operations."""
     latent = jax.random.normal(jax.random.key(1), (1, *generator.latent_shape))
     image = jnp.tanh(jax.random.normal(jax.random.key(2), (1, *generator.image_shape)))
+    drop = {part: None for part in ("encoder", "decoder", "codebook", "unet") if part not in keep}
+    generator = generator.replace(**drop)
     step = jnp.full((1,), 500, jnp.int32)
     function, x = {
         "decode": (lambda g, x: g.decode(x), latent),
@@ -44,11 +46,8 @@ def _call(generator, work):
 def measure(name, work, rounds):
     """Measure one cell; run in a process of its own."""
     before = race.peak_mebibytes()
-    generator = untrained.make(name)
     keep = {"decode": ("decoder", "codebook"), "encode": ("encoder",), "unet": ("unet",)}[work]
-    drop = {part: None for part in ("encoder", "decoder", "codebook", "unet") if part not in keep}
-    run, operations = _call(generator.replace(**drop), work)
-    del generator
+    run, operations = _call(untrained.make(name), work, keep)
     run()
     race.forget_peak()
     seconds = [race.seconds(run) for _ in range(rounds)]
