@@ -13,7 +13,7 @@ One pass of the model's own encoder instead of a descent that starts from it:
 
     python -m lfp_jax.main --config=configs/ldm.py --config.estimator=encoder
 
-That gives bit accuracy 0.99 and word accuracy 0.5 for 2 evaluations.
+That gives bit accuracy 0.94 for 2 evaluations, on 64 pictures.
 
 The paper's design for latent diffusion: three principal directions of one latent channel a bit, and
 its estimator, which takes hours:
