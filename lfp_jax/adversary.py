@@ -20,6 +20,11 @@ _SAME = 1.0 / 255.0  # values nearer than half a step of 8 bits are alike
 _LEAST = 1e-6  # keeps the logarithm of a sure bit finite
 
 
+def _keys(key, n, start):
+    """Give images start, ..., start + n - 1 a key each."""
+    return jax.vmap(partial(jax.random.fold_in, key))(start + jnp.arange(n))
+
+
 def _pick(key, copies):
     """Take every value from a copy drawn at random; copies [c, ...] of one image."""
     chosen = jax.random.randint(key, copies.shape[1:], 0, len(copies))
@@ -63,7 +68,7 @@ def collude(key: jax.Array, copies: np.ndarray, *, how: str, start: int = 0) -> 
     copies = jnp.asarray(copies, jnp.float32)
     if not len(copies):
         raise UserError("Collusion needs at least one copy.")
-    keys = jax.vmap(partial(jax.random.fold_in, key))(start + jnp.arange(copies.shape[1]))
+    keys = _keys(key, copies.shape[1], start)
     return jax.vmap(blend, in_axes=(0, 1))(keys, copies)
 
 
@@ -104,7 +109,7 @@ def remove(key, space, latents, *, how, strength, code, start=0):
     if how == "zero":
         bits = jnp.full(shape, choose(code, fingerprint.CODES, "code"))
     else:
-        keys = jax.vmap(partial(jax.random.fold_in, key))(start + jnp.arange(len(latents)))
+        keys = _keys(key, len(latents), start)
         bits = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, shape[1:]))(keys)
     return fingerprint.inject(space, latents, bits, strength=strength, code=code)
 
@@ -138,7 +143,7 @@ def pgd(
         raise UserError(f"budget and steps must be >= 0; got {budget} and {steps}.")
     images, reach = jnp.asarray(images, jnp.float32), 2.0 * budget / 255.0
     bits = _soft_bits(estimator, generator, space, images) > 0.5
-    keys = jax.vmap(partial(jax.random.fold_in, key))(start + jnp.arange(len(images)))
+    keys = _keys(key, len(images), start)
     noise = jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:], minval=-1.0))(keys)
     changed = jnp.clip(images + reach * noise, -1.0, 1.0)
     for _ in range(steps):  # driven from Python: gradients in a scan are slow on CPU
