@@ -5,7 +5,7 @@ import hashlib
 import jax
 import numpy as np
 
-from lfp_jax import logs
+from lfp_jax import attacks, logs
 
 _TOLD = ("psnr", "fd", "bit_accuracy", "word_accuracy", "right_user_first", "target_first")
 
@@ -52,3 +52,12 @@ def mean(values, **more):
 def draw_bits(key, n, bits):
     """Draw keys, uint8 [n, bits]."""
     return np.asarray(jax.random.bernoulli(key, 0.5, (n, bits)), np.uint8)
+
+
+def attack_names(asked):
+    """Give the names of attacks; a suite's name stands for all of its attacks."""
+    for each in asked:
+        if each == "none" or ":" in each:
+            yield each
+        else:
+            yield from (f"{each}:{attack.name}" for attack in attacks.suite(each))

@@ -74,6 +74,16 @@ class Marked:
 
 
 @dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What an estimator read from the attacked images."""
+
+    seen: np.ndarray  # [n, H, W, C] in [-1, 1], what it was given
+    solution: inversion.Solution  # on the host
+    seconds: float  # for all images
+    setup_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Result:
     """What was measured at a design point under one attack."""
 
@@ -127,6 +137,28 @@ class Bench:
         made = images.png_round_trip(_make(makers, point.generator, with_key))
         return Marked(users, owner, plain, made, makers)
 
+    def estimate(self, config, workdir):
+        """Attack the images of a config and estimate their keys, from pixels alone.
+
+        Args:
+            config: see configs/stylegan2.py.
+            workdir: folder of the basis.
+
+        Returns:
+            An Estimate.
+
+        Raises:
+            UserError: as of `run`.
+        """
+        point, marked = self.prepare(config, workdir), self.marked(config, workdir)
+        seen = attacks.apply(_key(config, _ATTACK), marked.images, attacks.find(config.attack))
+        make_bank = partial(self._bank, config=config)
+        key = _key(config, _BANK)
+        estimator, setup_seconds = design.estimator(key, point, config, make_bank=make_bank)
+        start = time.monotonic()
+        solution = _estimate(estimator, _key(config, _ESTIMATE), marked.makers, point, seen, config)
+        return Estimate(seen, solution, time.monotonic() - start, setup_seconds)
+
     def measure(self, config, workdir):
         """Attack, estimate and measure.
 
@@ -141,20 +173,10 @@ class Bench:
             UserError: as of `run`.
         """
         point, marked = self.prepare(config, workdir), self.marked(config, workdir)
+        estimate = self.estimate(config, workdir)
+        seen, solution = estimate.seen, estimate.solution
         n, truth = config.images, marked.users[marked.owner]
         plain, made = marked.plain, marked.images
-
-        # --- attack ----------------------------------------------------------------------------
-        attack = attacks.find(config.attack)
-        seen = attacks.apply(_key(config, _ATTACK), made, attack)
-
-        # --- estimate --------------------------------------------------------------------------
-        make_bank = partial(self._bank, config=config)
-        key = _key(config, _BANK)
-        estimator, setup_seconds = design.estimator(key, point, config, make_bank=make_bank)
-        start = time.monotonic()
-        solution = _estimate(estimator, _key(config, _ESTIMATE), marked.makers, point, seen, config)
-        seconds = time.monotonic() - start
 
         # --- measure ---------------------------------------------------------------------------
         ratios = verdict.ratios(solution.soft_bits)
@@ -169,7 +191,8 @@ class Bench:
             "residual": _mean(solution.residual),
             "generator_evaluations": _mean(solution.evaluations),
             "seconds_per_image": {
-                "value": seconds / n, "images": n, "setup_seconds": setup_seconds,
+                "value": estimate.seconds / n, "images": n,
+                "setup_seconds": estimate.setup_seconds,
             },
         }  # fmt: skip
         if config.fd_images:
@@ -180,7 +203,7 @@ class Bench:
         # --- show ------------------------------------------------------------------------------
         found = solution.latents[:_COLUMNS].reshape(-1, *point.generator.latent_shape)
         rows = {"plain": plain, "fingerprinted": made, "difference x 10": (made - plain) * 10.0}
-        rows |= {"attacked": seen} if attack.steps else {}
+        rows |= {"attacked": seen} if attacks.find(config.attack).steps else {}
         rows |= {"reconstructed": design.decode(point.generator, jnp.asarray(found))}
         rows = {name: np.clip(row[:_COLUMNS], -1.0, 1.0) for name, row in rows.items()}
         return Result(metrics, [dataclasses.asdict(each) for each in bins], seen, rows)
