@@ -304,7 +304,9 @@ def _evaluations(estimator, generator):
 
 
 def _operations(function, *args):
-    return jax.jit(function).lower(*args).cost_analysis()["flops"]
+    """Count floating-point operations; a CPU tells them at once, others once it is compiled."""
+    lowered = jax.jit(function).lower(*args)
+    return (lowered.cost_analysis() or lowered.compile().cost_analysis())["flops"]
 
 
 def check_design(estimator, generator, space, *, strength, code):
