@@ -45,6 +45,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.strength = 4.0  # a bit is +- half of it, here in standard deviations of the prior
     config.equalise = False  # all bits change the image alike, and strength is rms of that change
     config.code = "antipodal"  # or "binary", the paper's
+    # Bits of a user's number, coded against wrong bits (BCH); unset: keys are drawn at random.
+    config.payload = placeholder(int)
 
     config.noise = "constant"  # of the synthesis; or random an image, "known" or "unknown" later
     config.attack = "none"  # between the model and the estimator: one of a suite, "paper:blur"

@@ -7,14 +7,21 @@ itself, without end; new users need no training. The folder `estimator` of the w
 `learned` loads; beside it are `curve.png` and `log.jsonl`, with bit accuracy on fresh keys under
 each attack on the way.
 
-The two that ship: the first on one core in half an hour; the second from the first, likewise, and
-from that twice more on an H200, 300,000 and 700,000 pairs, at 38,000 pairs a second:
+The two of `stylegan2-demo` that ship: the first on one core in half an hour; the second from the
+first, likewise, and from that twice more on an H200, 300,000 and 700,000 pairs, at 38,000 pairs a
+second:
 
     ... --config.attacks=none --config.total_pairs=56000 --config.batch=32 \\
         --config.learning_rate=1.5e-3
     ... --config.total_pairs=42000 --config.batch=32 --config.begin=runs/none/estimator
     ... --config.total_pairs=300000 --config.batch=256 --config.begin=runs/second/estimator
     ... --config.total_pairs=700000 --config.batch=256 --config.begin=runs/third/estimator \\
+        --config.learning_rate=2e-3
+
+And that of `ldm-demo`, where the time goes to DDIM, at 5,000 pairs a second of an H200:
+
+    ... --config.generator=ldm-demo --config.sample_steps=10 --config.basis_samples=10000 \\
+        --config.shift=48 --config.strength=5 --config.total_pairs=500000 --config.batch=256 \\
         --config.learning_rate=2e-3
 
 Over several processes, here two on one machine, the losses are the same; they leave a checkpoint,

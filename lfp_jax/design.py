@@ -5,6 +5,7 @@ again where the same generator, directions, samples and seed made it.
 """
 
 import dataclasses
+import hashlib
 import math
 import sys
 import time
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lfp_jax import attacks, basis, fingerprint, generators
+from lfp_jax import attacks, basis, fingerprint, generators, payload
 from lfp_jax.attribution import bank, encoder, inversion, least_squares
 from lfp_jax.attribution import estimator as learner
 from lfp_jax.errors import UserError, choose
@@ -60,6 +61,8 @@ def check(config):
         raise UserError(f"channels={config.channels} needs basis=pca; got basis={config.basis}.")
     choose(config.estimator, _ESTIMATORS, "estimator")
     attacks.find(config.attack)
+    if config.get("payload") is not None and config.code != "antipodal":
+        raise UserError(f"payload={config.payload} needs code=antipodal; got code={config.code}.")
     choose(config.loss, dict.fromkeys(perceptual.NAMES), "loss")
 
 
@@ -88,6 +91,24 @@ def generator_settings(config):
 def load_configured(config):
     """Load the generator of a config."""
     return load_generator(**generator_settings(config))
+
+
+def codebook(space, config):
+    """Give the Codebook of a design point; None where its keys carry no payload."""
+    if config.get("payload") is None:
+        return None
+    # Not the digest that answers tell, from which anybody could make the mask.
+    secret = digest(space, purpose="payload").encode()
+    return payload.codebook(bits=config.bits, payload=config.payload, secret=secret)
+
+
+def digest(tree, *, purpose=""):
+    """Compute the SHA-256 of a purpose and all arrays of a tree, in hex digits."""
+    digest = hashlib.sha256(purpose.encode())
+    for leaf in jax.tree.leaves(tree):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{array.dtype}{list(array.shape)}".encode() + array.tobytes())
+    return digest.hexdigest()
 
 
 def prepare(key, config, workdir, *, generator=None, refit=True):

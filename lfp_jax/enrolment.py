@@ -6,11 +6,9 @@ are users it is taken as it is, or the error says in what it differs.
 """
 
 import dataclasses
-import hashlib
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from lfp_jax import design
 from lfp_jax.errors import UserError
@@ -50,7 +48,7 @@ def describe(point, config, workdir):
     return DesignPoint(
         generator=config.generator,
         generator_sha256=point.generator.sha256,
-        basis_sha256=digest(point.space),
+        basis_sha256=design.digest(point.space),
         bits=config.bits,
         shift=config.shift,
         strength=config.strength,
@@ -70,7 +68,7 @@ def find(ledger, config, workdir):
     sha256, space = made
     names = ("generator", "bits", "shift", "strength", "code")
     wanted = {name: getattr(config, name) for name in names}
-    wanted |= {"generator_sha256": sha256, "basis_sha256": digest(space)}
+    wanted |= {"generator_sha256": sha256, "basis_sha256": design.digest(space)}
     for number, known in ledger.designs().items():
         if all(getattr(known, name) == value for name, value in wanted.items()):
             return number
@@ -120,10 +118,11 @@ def _check_noise(ledger, number, config):
         raise UserError(f"Images were issued with noise '{others}', not '{config.noise}'.")
 
 
-def digest(tree):
-    """Compute the SHA-256 of all arrays of a tree, in hex digits."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
-        array = np.ascontiguousarray(leaf)
-        digest.update(f"{array.dtype}{list(array.shape)}".encode() + array.tobytes())
-    return digest.hexdigest()
+def codebook(config, workdir):
+    """Give the Codebook of the basis in the workdir; None where keys carry no payload."""
+    if config.get("payload") is None:
+        return None
+    made = design.stored_basis(config, workdir)
+    if made is None:
+        raise UserError(f"There is no basis of this design point in '{workdir}'.")
+    return design.codebook(made[1], config)

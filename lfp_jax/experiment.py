@@ -129,6 +129,9 @@ class Bench:
     def _mark(self, config, point):
         # An experiment must be repeatable, so its keys come from the seed; real ones do not.
         users = _draw_bits(_key(config, _KEYS), config.users, config.bits)
+        book = design.codebook(point.space, config)
+        if book is not None:  # the leading bits say a number
+            users = book.encode([int("".join(map(str, row[: book.payload])), 2) for row in users])
         owner = np.arange(config.images) % config.users
         names = ("seed", "images", "noise")
         settings = design.generator_settings(config) | {name: config[name] for name in names}
@@ -195,6 +198,10 @@ class Bench:
                 "setup_seconds": estimate.setup_seconds,
             },
         }  # fmt: skip
+        book = design.codebook(point.space, config)
+        if book is not None:
+            mended = np.stack([book.mend(llr) for llr in ratios])
+            metrics["payload_accuracy"] = _rate(accuracy.word_accuracy(mended, truth), n)
         if config.fd_images:
             make = partial(self._distances, config, point)
             metrics |= self._keep("distances", point_settings(config), make)

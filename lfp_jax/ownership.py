@@ -11,6 +11,7 @@ it, and so does the registry unless another is named. Both are needed to attribu
 secret: whoever has a basis can remove or forge marks.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -88,7 +89,9 @@ def issue(
         if number is None:
             point = point or enrolment.prepare(config, workdir, refit=True)
             number = ledger.add_design(enrolment.describe(point, config, workdir))
-        return ledger.register(names, design=number, rate=rate)
+        book = enrolment.codebook(config, workdir)
+        encode = None if book is None else book.encode
+        return ledger.register(names, design=number, rate=rate, encode=encode)
 
 
 def has_key(
@@ -167,6 +170,9 @@ def attribute(
 ) -> Iterator[dict[str, Any]]:
     """Tell of image files whose they are, each as soon as it is known.
 
+    Keys with a payload say a number, so that no registry is needed; where there is one, it tells
+    whose the number is, and revoked ones are nobody's.
+
     Args:
         config, workdir, registry: as of `issue`.
         paths: files, folders and patterns (`images.gather`).
@@ -183,9 +189,16 @@ def attribute(
             noise other than those of the registry.
     """
     enrolment.check(config)
-    with Registry(enrolment.place(workdir, registry)) as ledger:
-        number, point = enrolment.open_design(ledger, config, workdir)
-        court = _Court(ledger, number, point, config, rate)
+    with contextlib.ExitStack() as stack:
+        place = enrolment.place(workdir, registry)
+        if registry is None and config.get("payload") is not None and not place.exists():
+            point = enrolment.prepare(config, workdir, refit=False)
+            rolls = _Numbers(design.codebook(point.space, config), rate)
+        else:
+            ledger = stack.enter_context(Registry(place))
+            number, point = enrolment.open_design(ledger, config, workdir)
+            rolls = _Users(ledger, number, config, rate)
+        court = _Court(rolls, point, config, rate)
         files, ratios, digests = images.gather(paths), [], []
         at_once = 1 if jax.default_backend() == "cpu" else _AT_ONCE * jax.device_count()
         with Progress(len(files), label="attribute") if progress else inversion.Silent() as line:
@@ -234,7 +247,7 @@ def export(
     with Registry(enrolment.place(workdir, registry)) as ledger:
         number, point, key = enrolment.open_for(user, ledger, config, workdir)
         folded = fingerprint.fold(point.space, point.generator, key.bits, **point.mark)
-        folded = folded.replace(sha256=enrolment.digest(folded))
+        folded = folded.replace(sha256=design.digest(folded))
         form = {"noise": config.noise, "settings": {"sha256": folded.sha256}}
         ledger.issue(user, design=number, images=0, kind="generator", **form)
     written = {"store": str(Path(target) / "generator")}
@@ -246,10 +259,10 @@ def export(
     return written
 
 
-class _Court:
-    """What is the same for all files: the estimator, the keys, the decoys."""
+class _Users:
+    """The keys of a registry."""
 
-    def __init__(self, ledger, number, point, config, rate):
+    def __init__(self, ledger, number, config, rate):
         packed = ledger.packed_keys(design=number)
         if not len(packed.ids):
             raise UserError("No user has a key of this design point: --mode=issue --user=NAME.")
@@ -258,7 +271,43 @@ class _Court:
         self._ledger, self._number, self._ids = ledger, number, packed.ids
         users, decoys = verdict.index(packed.packed, bits=config.bits), verdict.draw_decoys(**form)
         options = {"rate": rate, "code": config.code, "decoys": decoys}
-        self._judge = partial(verdict.judge, users=users, **options)
+        self.judge = partial(verdict.judge, users=users, **options)
+
+    def __len__(self):
+        return len(self._ids)
+
+    def name(self, row):
+        """Give the user whose key stands in a row."""
+        return self._ledger.key_by_id(int(self._ids[row])).user
+
+    def record(self, row, **entry):
+        """Enter a verdict in the registry."""
+        named = None if row is None else int(self._ids[row])
+        self._ledger.record_verdict(design=self._number, key_id=named, **entry)
+
+
+class _Numbers:
+    """The keys of all numbers, without a registry."""
+
+    def __init__(self, book, rate):
+        self._book, self.judge = book, partial(book.read, rate=rate)
+
+    def __len__(self):
+        return 2**self._book.payload
+
+    def name(self, row):
+        """Name a number."""
+        return f"number {row}"
+
+    def record(self, row, **entry):
+        """Keep nothing: there is no registry."""
+
+
+class _Court:
+    """What is the same for all files: the estimator, and the keys to compare."""
+
+    def __init__(self, rolls, point, config, rate):
+        self._rolls = rolls
         key = jax.random.key(config.seed)
         bound, _ = design.estimator(jax.random.fold_in(key, _BANK), point, config)
         options = {"space": point.space, **point.mark, "progress": False}
@@ -268,9 +317,9 @@ class _Court:
         self._basis = {
             "estimator": config.estimator,
             "rate": rate,
-            "users": len(self._ids),
+            "users": len(rolls),
             "generator": {"name": point.generator.name, "sha256": point.generator.sha256},
-            "basis_sha256": enrolment.digest(point.space),
+            "basis_sha256": design.digest(point.space),
             "versions": versions(),
         }
 
@@ -295,18 +344,16 @@ class _Court:
             yield case, ratios[i], figures
 
     def say(self, llr, digest, **figures):
-        """Judge ratios [k], enter the verdict in the registry, and put it in words and figures."""
-        found = self._judge(llr)
+        """Judge ratios [k], have the verdict recorded, and put it in words and figures."""
+        found = self._rolls.judge(llr)
         numbers = {
             "p_value": found.p_value,
             "threshold": found.threshold,
             "agreeing": found.agreeing,
             "soft_score": found.soft_score,
         }
-        named = None if found.user is None else int(self._ids[found.user])
-        entry = {"key_id": named, "image_sha256": digest, "users": found.users, **numbers}
-        self._ledger.record_verdict(design=self._number, **entry)
-        user = None if named is None else self._ledger.key_by_id(named).user
+        self._rolls.record(found.user, image_sha256=digest, users=found.users, **numbers)
+        user = None if found.user is None else self._rolls.name(found.user)
         answer = {"file": figures.pop("file"), "verdict": user or "unknown", "user": user}
         answer |= numbers | {"bits": found.bits, "runner_up": self._name(found.runner_up)}
         return answer | figures | {"image_sha256": digest} | self._basis
@@ -314,7 +361,7 @@ class _Court:
     def _name(self, match):
         if match is None:
             return None
-        user = self._ledger.key_by_id(int(self._ids[match.user])).user
+        user = self._rolls.name(match.user)
         return {"user": user, "p_value": match.p_value, "agreeing": match.agreeing}
 
 

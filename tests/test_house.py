@@ -16,8 +16,9 @@ CONFIGS = [
 # An import points from right to left in this row; within one entry it may point anywhere.
 ORDER = [
     "images", "weights", "generators", "sensitivity", "basis", "fingerprint", "keys", "shallow",
-    "registry", "attacks", "metrics", "attribution", "adversary", "report", "training", "design",
-    "enrolment", "ownership", "desk", "planner", "experiment", "cells", "grid", "options", "main",
+    "registry", "attacks", "metrics", "attribution", "payload", "adversary", "report", "training",
+    "design", "enrolment", "ownership", "desk", "planner", "experiment", "cells", "grid",
+    "options", "main",
 ]  # fmt: skip
 LEAVES = {"errors", "files", "sharding", "logs"}  # imported by all, and import one another only
 DISK = {"files", "weights", "images", "registry", "logs", "report", "training.data", "cells"}

@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import sqlite3
 import stat
 from functools import partial
@@ -452,3 +453,30 @@ def test_the_doctor_says_when_it_is_not_well(workdir, memory, monkeypatch, capsy
     monkeypatch.setattr(memory, "estimate", blind)
     assert _main(workdir, "--mode=doctor") == 1
     assert "NOT as expected" in capsys.readouterr().out
+
+
+def test_keys_with_a_payload_are_read_with_a_registry_and_without(workdir, tmp_path):
+    config = CONFIG.copy_and_resolve_references()
+    config.payload = 6
+    shutil.copytree(workdir / "basis", tmp_path / "basis")
+    options = {"rate": 1e-3}
+    ownership.issue(config, tmp_path, ["carol"], **options)
+    ownership.issue(config, tmp_path, ["dave"], **options)
+    made = ownership.generate(config, tmp_path, "dave", 1, progress=False)
+    [named] = _attribute(tmp_path, *made, config=config, **options)
+    assert (named["verdict"], named["users"]) == ("dave", 2)
+    for file in tmp_path.glob("registry.sqlite*"):
+        file.unlink()
+    [numbered] = _attribute(tmp_path, *made, config=config, **options)
+    assert (numbered["verdict"], numbered["users"]) == ("number 2", 64)
+    plain = tmp_path / "plain.png"
+    images.write_png(plain, np.zeros((16, 16, 3), np.uint8))
+    [nobody] = _attribute(tmp_path, plain, config=config, **options)
+    assert nobody["verdict"] == "unknown"
+
+
+def test_a_payload_needs_the_antipodal_code(workdir):
+    config = CONFIG.copy_and_resolve_references()
+    config.update(payload=6, code="binary")
+    with pytest.raises(UserError, match="payload=6 needs code=antipodal; got code=binary."):
+        ownership.issue(config, workdir, ["erin"])

@@ -231,12 +231,12 @@ def test_images_of_one_user_are_pooled():
     assert len(single) == 11
     scores = np.array(
         [
-            [verdict._soft_score(row, bits[u] != (row > 0)) for u in (77, 3)]
+            [verdict.soft_score(row, bits[u] != (row > 0)) for u in (77, 3)]
             for row in np.delete(llr, 5, axis=0)
         ]
     )
     total = [
-        verdict._soft_score(verdict.pool(llr), bits[u] != (verdict.pool(llr) > 0)) for u in (77, 3)
+        verdict.soft_score(verdict.pool(llr), bits[u] != (verdict.pool(llr) > 0)) for u in (77, 3)
     ]
     assert total[0] - total[1] == pytest.approx(np.diff(scores.sum(axis=0))[0] * -1.0)
 

@@ -245,7 +245,7 @@ def judge(
     if decoys is not None:
         p_values = np.maximum(p_values, _shares_as_near(decoys, llr > 0.0, weights, found))
     best, *others = [
-        Match(int(row), float(p), int(users.bits - away.sum()), _soft_score(llr, away))
+        Match(int(row), float(p), int(users.bits - away.sum()), soft_score(llr, away))
         for row, p, away in zip(rows, p_values, disagree, strict=True)
     ]
     threshold = rate / len(users)
@@ -269,8 +269,8 @@ def _clean(llr):
     return np.nan_to_num(llr, nan=0.0, posinf=most, neginf=-most)
 
 
-def _soft_score(llr, disagree):
-    """Sum log(2 P(bit of the key)) over the bits."""
+def soft_score(llr: np.ndarray, disagree: np.ndarray) -> float:
+    """Sum log(2 P(bit of the key)) over the bits [k], of which some disagree."""
     weights = np.abs(llr)
     at_best = math.log(2.0) * len(llr) - np.log1p(np.exp(-weights)).sum()
     return float(at_best - weights[disagree].sum())

@@ -20,7 +20,7 @@ import json
 import os
 import sqlite3
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self
 
 import numpy as np
@@ -100,7 +100,12 @@ class Registry:
         return {number: DesignPoint(*fields) for number, *fields in rows}
 
     def register(
-        self, names: Iterable[str], *, design: int, rate: float = keys.FALSE_POSITIVE_RATE
+        self,
+        names: Iterable[str],
+        *,
+        design: int,
+        rate: float = keys.FALSE_POSITIVE_RATE,
+        encode: Callable[[range], np.ndarray] | None = None,
     ) -> int:
         """Give each of these users a key; all of them, or on any error none.
 
@@ -110,6 +115,8 @@ class Registry:
             names: printable, 1 to 200 characters, unlike one another.
             design: number of the design point.
             rate: the false-positive rate at which images will be attributed.
+            encode: gives the keys [n, k] that say so many numbers, those of the keys here. None:
+                keys are drawn.
 
         Returns:
             How many keys were given.
@@ -132,7 +139,10 @@ class Registry:
                     "INSERT INTO users (name) VALUES (?) ON CONFLICT DO NOTHING",
                     ((name,) for name in names),
                 )
-                self._give_keys(names, design, point)
+                if encode is None:
+                    self._give_keys(names, design, point)
+                else:
+                    self._give_numbers(names, design, encode)
         except sqlite3.IntegrityError:
             taken = next((name for name in names if self._has_key(name, design)), None)
             if taken is None:
@@ -353,6 +363,19 @@ class Registry:
             if given == len(names):
                 return
             names = [name for name in names if not self._has_key(name, design)]
+
+    def _give_numbers(self, names, design, encode):
+        """Enter the keys that say the numbers under which they are entered."""
+        [last] = self._database.row("SELECT max(id) FROM keys", ())
+        numbers = range((last or 0) + 1, (last or 0) + 1 + len(names))
+        packed = np.packbits(encode(numbers), axis=1)
+        self._database.run_many(
+            "INSERT INTO keys (id, user, basis, bits) SELECT ?, id, ?, ? FROM users WHERE name = ?",
+            (
+                (number, design, row.tobytes(), name)
+                for number, row, name in zip(numbers, packed, names, strict=True)
+            ),
+        )
 
     def _has_key(self, name, design):
         sql = (
