@@ -245,6 +245,27 @@ def test_bfloat16_is_near_float32():
     assert np.abs(exact - rough).max() < 0.05 * np.abs(exact).max()
 
 
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (1, 1)])
+def test_trainable_convolution_has_the_plain_one_s_derivatives(size, stride):
+    """Of the first and second order: the gradient of the energy of the slopes in the image."""
+    keys = jax.random.split(jax.random.key(1), 2)
+    x, kernel = (
+        jax.random.normal(key, shape)
+        for key, shape in zip(keys, [(2, 6, 7, 3), (size, size, 3, 4)], strict=True)
+    )
+
+    def energy(x, kernel, trainable):
+        return jnp.sum(jnp.sin(layers.conv(x, kernel, stride=stride, trainable=trainable)))
+
+    def penalty(x, kernel, trainable):
+        return jnp.sum(jnp.square(jax.grad(energy)(x, kernel, trainable)))
+
+    for function in (energy, penalty):
+        plain, own = (jax.grad(function, argnums=(0, 1))(x, kernel, t) for t in (False, True))
+        for wanted, found in zip(plain, own, strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_trainable_up_convolution_has_the_plain_one_s_gradients():
     x = jax.random.normal(jax.random.key(0), (2, 5, 6, 3))
     kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 4))

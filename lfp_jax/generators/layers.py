@@ -4,10 +4,15 @@ All images are NHWC, all kernels HWIO. Filters are separable and short, so FIR r
 as shifted sums: on CPU a depthwise convolution is two orders of magnitude slower, on accelerators
 XLA fuses the sums into one pass over memory.
 
-`up_conv` has a rule of its own for the weight gradient (one matrix product a kernel tap): XLA on
-CPU runs the dilated convolution of automatic differentiation several times slower. A custom rule
-blocks forward mode, so it is asked for by `trainable=True`; Jacobians use the plain form.
+Two forms have rules of differentiation of their own, because XLA on CPU runs what it derives by
+itself several times slower: the weight gradient of `up_conv` is one matrix product a kernel tap,
+not a dilated convolution; and those of `conv` are its two transposes, whose own derivatives are
+again `conv` and these two, where second derivatives (the R1 penalty) would meet convolutions
+dilated twice. A custom rule blocks forward mode, so it is asked for by `trainable=True`; Jacobians
+use the plain forms.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +21,70 @@ from jax import lax
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
-def conv(x, kernel, *, stride=1, padding=None):
+def conv(x, kernel, *, stride=1, padding=None, trainable=False):
     """Convolve images [n, h, w, i] with a kernel [r, c, i, o] (correlation, as networks do).
 
     Args:
         padding: pixels on every side; default (r - 1) // 2, which keeps the size at stride 1.
+        trainable: quick in reverse mode, of any order, and impossible in forward mode.
     """
     pad = (kernel.shape[0] - 1) // 2 if padding is None else padding
+    return (_trainable_conv if trainable else _conv)(x, kernel, stride, pad)
+
+
+def _conv(x, kernel, stride, pad):
     return lax.conv_general_dilated(
         x, kernel, (stride, stride), ((pad, pad), (pad, pad)), dimension_numbers=_LAYOUT
     )
+
+
+# A convolution is linear in the image and in the kernel. It and its two transposes are each
+# bilinear, and the transposes of each are the other two.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _trainable_conv(x, kernel, stride, pad):
+    return _conv(x, kernel, stride, pad)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _to_image(y, kernel, shape, stride, pad):
+    """Transpose in the image: [n, h', w', o] -> an image of this shape."""
+    image = jax.ShapeDtypeStruct(shape, y.dtype)
+    return jax.linear_transpose(lambda x: _conv(x, kernel, stride, pad), image)(y)[0]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _to_kernel(x, y, shape, stride, pad):
+    """Transpose in the kernel: [n, h, w, i], [n, h', w', o] -> a kernel of this shape."""
+    kernel = jax.ShapeDtypeStruct(shape, x.dtype)
+    return jax.linear_transpose(lambda kernel: _conv(x, kernel, stride, pad), kernel)(y)[0]
+
+
+def _conv_backward(stride, pad, operands, grad):
+    x, kernel = operands
+    into_image = _to_image(grad, kernel, x.shape, stride, pad)
+    return into_image, _to_kernel(x, grad, kernel.shape, stride, pad)
+
+
+def _to_image_backward(shape, stride, pad, operands, grad):
+    y, kernel = operands
+    into_kernel = _to_kernel(grad, y, kernel.shape, stride, pad)
+    return _trainable_conv(grad, kernel, stride, pad), into_kernel
+
+
+def _to_kernel_backward(shape, stride, pad, operands, grad):
+    x, y = operands
+    return _to_image(y, grad, x.shape, stride, pad), _trainable_conv(x, grad, stride, pad)
+
+
+def _with_operands(function):
+    return lambda *args: (function(*args), args[:2])
+
+
+_trainable_conv.defvjp(_with_operands(_trainable_conv), _conv_backward)
+_to_image.defvjp(_with_operands(_to_image), _to_image_backward)
+_to_kernel.defvjp(_with_operands(_to_kernel), _to_kernel_backward)
 
 
 def _transposed(x, kernel):
@@ -135,10 +194,10 @@ def up_conv(x, kernel, taps, *, trainable=False):
 
 
 def down_conv(x, kernel, taps):
-    """FIR filter, then convolve with stride 2: half the size. Also for 1 x 1 kernels."""
+    """FIR filter, then convolve with stride 2: half the size. Also for 1 x 1 kernels; trainable."""
     size = kernel.shape[0]
     total = len(taps) - 2 + size - 1
     pad = ((total + 1) // 2, total // 2)
     if size == 1:
-        return conv(downsample(x, taps, pad=pad), kernel)
-    return conv(fir(x, taps, pad=pad), kernel, stride=2, padding=0)
+        return conv(downsample(x, taps, pad=pad), kernel, trainable=True)
+    return conv(fir(x, taps, pad=pad), kernel, stride=2, padding=0, trainable=True)

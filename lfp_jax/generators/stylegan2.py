@@ -146,7 +146,7 @@ class ModulatedConv(nn.Module):
         if self.up:
             x = layers.up_conv(x, kernel, self.fir, trainable=self.trainable)
         else:
-            x = layers.conv(x, kernel)
+            x = layers.conv(x, kernel, trainable=self.trainable)
         x = x * demod
         strength = self.param("noise_strength", nn.initializers.zeros, ())
         if noise is not None:
@@ -256,7 +256,7 @@ class _Conv(nn.Module):
         if self.down:
             x = layers.down_conv(x, kernel, self.fir)
         else:
-            x = layers.conv(x, kernel)
+            x = layers.conv(x, kernel, trainable=True)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         return _lrelu(x + bias[None, None, None], gain=self.gain, clamp=self.clamp)
 
