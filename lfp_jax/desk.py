@@ -50,7 +50,7 @@ def _issue(config, workdir, *, user, count, registry, rate, export, **_):
     if export:
         written = ownership.export(config, workdir, user, export, registry=registry)
         print(f"Generator of '{user}': {', '.join(written.values())}")
-        if "rosinality" not in written:
+        if "store" in written and "rosinality" not in written:
             print("No rosinality .pt: that format cannot hold this network.", file=sys.stderr)
     return 0
 

@@ -24,6 +24,13 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
             os.remove(part)
 
 
+def write(path: str | os.PathLike, data: bytes) -> None:
+    """Write a file in one step, making its folder."""
+    os.makedirs(os.path.dirname(os.fspath(path)) or ".", exist_ok=True)
+    with replacing(path) as part, open(part, "wb") as file:
+        file.write(data)
+
+
 def sha256(path: str | os.PathLike) -> str:
     """Compute the SHA-256 of a file's content, in hex digits."""
     with open(path, "rb") as file:

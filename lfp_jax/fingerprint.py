@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 
 from lfp_jax.basis import Space
 from lfp_jax.errors import UserError, choose
@@ -96,7 +97,7 @@ def fold(
         UserError: another kind of generator.
     """
     if not isinstance(generator, StyleGAN2):
-        raise UserError(f"Only a StyleGAN2 can take up a key; '{generator.name}' is none.")
+        raise UserError(f"Only a StyleGAN2 folds a key into weights; '{generator.name}' is none.")
     double = partial(np.asarray, dtype=np.float64)
     carrier, mean = double(space.carrier), double(space.mean)
     duals = carrier if space.carrier_dual is None else double(space.carrier_dual)
@@ -118,6 +119,36 @@ def fold(
         return {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.asarray(bias, jnp.float32)}
 
     return generator.replace(synthesis=turn(generator.synthesis))
+
+
+def program(
+    space: Space, generator: Any, bits: jax.Array, *, strength: float, code: str = "antipodal"
+) -> bytes:
+    """Build a key into a latent-diffusion model: a compiled program from noise to images.
+
+    Its sampler runs DDIM with eta 0, injects the key, and decodes. Weights, directions and key are
+    constants in it.
+
+    Args:
+        space, bits, strength, code: as of `fold`.
+        generator: a frozen latent-diffusion model that samples without context or label.
+
+    Returns:
+        An artifact of `jax.export` for CPU, CUDA and TPU: called with noise [n, *latent_shape],
+        N(0, I), it gives images [n, H, W, C], nominally in [-1, 1], not clipped.
+
+    Raises:
+        UserError: a model that lacks a part, or samples on conditions.
+    """
+
+    def make(noise):
+        latents = generator.denoise(noise, steps=generator.sample_steps)
+        return generator.decode(inject(space, latents, bits, strength=strength, code=code))
+
+    (n,) = export.symbolic_shape("n")
+    noise = jax.ShapeDtypeStruct((n, *generator.latent_shape), jnp.float32)
+    exported = export.export(jax.jit(make), platforms=("cpu", "cuda", "tpu"))(noise)
+    return bytes(exported.serialize())
 
 
 @jax.jit

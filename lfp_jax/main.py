@@ -20,7 +20,8 @@ Modes, by default train for a config that has a task and experiment for any othe
   convert     a foreign checkpoint (rosinality .pt, NVlabs .pkl) to the native store
                 --mode=convert --source=ffhq.pkl --target=ffhq
   issue       gives a user a key; a million with --count, as NAME-1 and so on; with --export also a
-              generator, as native store and rosinality .pt, that makes only this user's images
+              generator that makes only this user's images: a native store and rosinality .pt, of
+              latent diffusion a jax.export program from noise to images
                 --mode=issue --config=configs/stylegan2.py --user=alice
   generate    PNG files with a user's key in them
                 --mode=generate --config=configs/stylegan2.py --user=alice --n=4

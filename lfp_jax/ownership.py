@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lfp_jax
-from lfp_jax import basis, design, enrolment, fingerprint, generators, images, keys
+from lfp_jax import basis, design, enrolment, files, fingerprint, generators, images, keys
 from lfp_jax.attribution import inversion, verdict
 from lfp_jax.errors import UserError
 from lfp_jax.generators import stylegan2
@@ -227,9 +227,11 @@ def export(
     *,
     registry: str | Path | None = None,
 ) -> dict[str, str]:
-    """Write a StyleGAN2 that makes a user's fingerprinted images, and no others.
+    """Write a generator that makes a user's fingerprinted images, and no others.
 
-    Its weights hold the key: the holder needs nothing from here, and pays nothing at run time.
+    It holds the key: the holder needs nothing from here. A StyleGAN2 takes it into its weights and
+    pays nothing at run time; a latent-diffusion model becomes a program from noise to images, with
+    the injection between its sampler and its decoder (`fingerprint.program`).
 
     Args:
         config, workdir, registry: as of `issue`.
@@ -237,26 +239,41 @@ def export(
         target: the folder to write.
 
     Returns:
-        What was written: `store`, and `rosinality` unless that format cannot hold this network.
+        What was written: of a StyleGAN2 `store`, and `rosinality` unless that format cannot hold
+        this network; else `program`.
 
     Raises:
-        UserError: as of `generate`, or another kind of generator.
+        UserError: as of `generate`, or a model that samples on conditions.
         OSError: a file cannot be written.
     """
     enrolment.check(config)
     with Registry(enrolment.place(workdir, registry)) as ledger:
         number, point, key = enrolment.open_for(user, ledger, config, workdir)
-        folded = fingerprint.fold(point.space, point.generator, key.bits, **point.mark)
-        folded = folded.replace(sha256=design.digest(folded))
-        form = {"noise": config.noise, "settings": {"sha256": folded.sha256}}
+        write = (
+            _write_folded if isinstance(point.generator, stylegan2.StyleGAN2) else _write_program
+        )
+        written, sha256 = write(Path(target), point, key.bits, f"as that of '{config.generator}'")
+        form = {"noise": config.noise, "settings": {"sha256": sha256}}
         ledger.issue(user, design=number, images=0, kind="generator", **form)
-    written = {"store": str(Path(target) / "generator")}
-    licence = f"as that of '{config.generator}'"
+    return written
+
+
+def _write_folded(target, point, bits, licence):
+    folded = fingerprint.fold(point.space, point.generator, bits, **point.mark)
+    folded = folded.replace(sha256=design.digest(folded))
+    written = {"store": str(target / "generator")}
     generators.save(written["store"], folded, source_format="lfp_jax", licence=licence)
     if rosinality.can_hold(folded.arch):
-        written["rosinality"] = str(Path(target) / "generator.pt")
+        written["rosinality"] = str(target / "generator.pt")
         generators.save_rosinality(written["rosinality"], folded)
-    return written
+    return written, folded.sha256
+
+
+def _write_program(target, point, bits, _):
+    written = {"program": str(target / "generator.jax")}
+    data = fingerprint.program(point.space, point.generator, bits, **point.mark)
+    files.write(written["program"], data)
+    return written, hashlib.sha256(data).hexdigest()
 
 
 class _Users:

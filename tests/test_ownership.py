@@ -417,7 +417,7 @@ def test_an_exported_generator_makes_the_users_images(workdir, point, tmp_path, 
 def test_export_gives_a_new_user_a_key_and_refuses_other_generators(workdir, point, tmp_path):
     place = ["--mode=issue", f"--registry={tmp_path / 'r.sqlite'}"]
     assert _main(workdir, *place, "--user=dora", f"--export={tmp_path / 'e'}") == 0
-    with pytest.raises(UserError, match="Only a StyleGAN2"):
+    with pytest.raises(UserError, match="Only a StyleGAN2 folds"):
         other = type("Other", (), {"name": "ldm"})()
         fingerprint.fold(point.space, other, np.zeros(24), **point.mark)
 
