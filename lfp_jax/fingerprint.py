@@ -6,6 +6,7 @@ Latents are [n, *latent_shape] and stand for flat vectors w of d values; with me
 and U. All in float32 at HIGHEST precision; no d x d matrix is ever built.
 """
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -65,7 +66,7 @@ def inject(
     """
     rows = _flat(space, latents)
     steps = strength * _codeword(bits, form=code)
-    shape = (len(rows), space.carrier.shape[1])
+    shape = (rows.shape[0], space.carrier.shape[1])
     if steps.shape not in (shape, shape[1:]):
         raise ValueError(
             f"bits must be [{shape[0]}, {shape[1]}] or [{shape[1]}]; got {list(steps.shape)}."
@@ -147,7 +148,9 @@ def program(
 
     (n,) = export.symbolic_shape("n")
     noise = jax.ShapeDtypeStruct((n, *generator.latent_shape), jnp.float32)
-    exported = export.export(jax.jit(make), platforms=("cpu", "cuda", "tpu"))(noise)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "A large amount of constants")  # they are what it is for
+        exported = export.export(jax.jit(make), platforms=("cpu", "cuda", "tpu"))(noise)
     return bytes(exported.serialize())
 
 
