@@ -27,6 +27,7 @@ import argparse
 import importlib
 import re
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -34,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.rows import draw_bits, line, mean, rate, row
-from lfp_jax import adversary, basis, design, fingerprint, images, logs
+from lfp_jax import adversary, basis, design, fingerprint, images, logs, seeds
 from lfp_jax.attribution import estimator as learner
 from lfp_jax.attribution import inversion, verdict
 from lfp_jax.errors import UserError, did_you_mean
@@ -46,8 +47,6 @@ ATTACKS = (
     "plant-latents-64", "collude-mean-2", "collude-mean-5", "collude-majority-5",
     "collude-pick-5", "pgd-4",
 )  # fmt: skip
-# Everything random comes from one of these folds of the seed.
-_BASIS, _IMAGES, _KEYS, _BANK, _ESTIMATE, _ATTACK, _DECOYS, _OTHERS = range(8)
 
 
 class Scene:
@@ -55,22 +54,21 @@ class Scene:
 
     def __init__(self, config, workdir):
         """Make pictures of a design point."""
-        key = jax.random.key(config.seed)
-        self.fold = [jax.random.fold_in(key, i) for i in range(8)]
+        self.fold = partial(seeds.key, config.seed)
         self.config = config
         design.check(config)
         generator = design.load_configured(config)
-        self.point = design.prepare(self.fold[_BASIS], config, workdir, generator=generator)
-        self.users = draw_bits(self.fold[_KEYS], config.users, config.bits)
-        self.decoys = draw_bits(self.fold[_DECOYS], config.decoys, config.bits)
+        self.point = design.prepare(self.fold(seeds.BASIS), config, workdir, generator=generator)
+        self.users = draw_bits(self.fold(seeds.KEYS), config.users, config.bits)
+        self.decoys = draw_bits(self.fold(seeds.DECOYS), config.decoys, config.bits)
         self.owner = np.arange(config.images) % config.users
-        self.latents = basis.sample(self.fold[_IMAGES], generator, config.images)
+        self.latents = basis.sample(self.fold(seeds.IMAGES), generator, config.images)
         self.plain = self.make(self.latents)
         self.made = self.copy(0)
-        estimator, _ = design.estimator(self.fold[_BANK], self.point, config)
+        estimator, _ = design.estimator(self.fold(seeds.BANK), self.point, config)
         self.read = lambda seen: inversion.host(
             estimator(
-                self.fold[_ESTIMATE], generator, self.point.space, seen, **self.point.mark
+                self.fold(seeds.ESTIMATE), generator, self.point.space, seen, **self.point.mark
             )
         )  # fmt: skip
         self.found = self.read(self.made)
@@ -107,7 +105,11 @@ def _reinvert(scene):
 
 def _remove(scene, how):
     latents = adversary.remove(
-        scene.fold[_ATTACK], scene.point.space, scene.found.latents, how=how, **scene.point.mark
+        scene.fold(seeds.ATTACK),
+        scene.point.space,
+        scene.found.latents,
+        how=how,
+        **scene.point.mark,
     )
     return scene.make(latents), scene.made, [0], None
 
@@ -120,7 +122,7 @@ def _transplant(scene):
 def _plant(scene, where, count):
     """Forge the owners' keys on plain pictures, each from `count` others of the owner."""
     show = np.asarray if where else scene.make
-    fresh = basis.sample(scene.fold[_OTHERS], scene.point.generator, 2 * int(count))
+    fresh = basis.sample(scene.fold(seeds.FORGERS), scene.point.generator, 2 * int(count))
     theirs, plain, targets = fresh[: int(count)], show(fresh[int(count) :]), show(scene.latents)
     forged = np.empty_like(targets)
     for user in np.unique(scene.owner):
@@ -134,7 +136,7 @@ def _collude(scene, how, count):
     if not 1 <= int(count) <= len(scene.users):
         raise UserError(f"{count} colluders need as many users; got {len(scene.users)}.")
     copies = np.stack([scene.copy(away) for away in range(int(count))])
-    blended = adversary.collude(scene.fold[_ATTACK], copies, how=how)
+    blended = adversary.collude(scene.fold(seeds.ATTACK), copies, how=how)
     return images.png_round_trip(blended), scene.made, range(int(count)), None
 
 
@@ -145,7 +147,12 @@ def _mislead(scene, budget):
         raise UserError(f"pgd needs a trained network; none ships for '{generator.name}'.")
     network = learner.load(path, generator, space, **scene.point.mark)
     changed = adversary.pgd(
-        scene.fold[_ATTACK], generator, space, scene.made, estimator=network, budget=float(budget)
+        scene.fold(seeds.ATTACK),
+        generator,
+        space,
+        scene.made,
+        estimator=network,
+        budget=float(budget),
     )
     return images.png_round_trip(changed), scene.made, [0], None
 

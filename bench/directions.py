@@ -26,7 +26,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from bench.rows import attack_names
-from lfp_jax import attacks, basis, design, fingerprint, images, logs, planner
+from lfp_jax import attacks, basis, design, fingerprint, images, logs, planner, seeds
 from lfp_jax.errors import UserError
 from lfp_jax.experiment import Bench
 
@@ -36,7 +36,6 @@ CARRIERS = (
     ("pca", 0),
 )  # fmt: skip
 
-_IMAGES, _KEYS = 1, 2  # folds of the seed, as in an experiment
 _PROBES = 32  # pictures behind a strength
 
 
@@ -51,9 +50,9 @@ class Carrier:
         config.update(images=options.images, users=options.images, fd_images=options.fd_images)
         self.folder, self.bench, self.fd = Path(options.out) / name, bench, {}
         self.point = bench.prepare(config, self.folder)
-        fold = partial(jax.random.fold_in, jax.random.key(config.seed))
-        self.latents = basis.sample(fold(_IMAGES), self.point.generator, _PROBES)
-        self.bits = np.asarray(jax.random.bernoulli(fold(_KEYS), 0.5, (_PROBES, config.bits)))
+        fold = partial(seeds.key, config.seed)
+        self.latents = basis.sample(fold(seeds.IMAGES), self.point.generator, _PROBES)
+        self.bits = np.asarray(jax.random.bernoulli(fold(seeds.KEYS), 0.5, (_PROBES, config.bits)))
         self.plain = images.png_round_trip(design.decode(self.point.generator, self.latents))
         self.displaced, strength = self._change(1e-6), options.change
         self.in_reach = self.displaced < options.change

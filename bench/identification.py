@@ -16,17 +16,14 @@ import argparse
 import importlib
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from bench.rows import attack_names, draw_bits, mean, rate
-from lfp_jax import basis, design, files, generators, images, logs
+from lfp_jax import basis, design, files, generators, images, logs, seeds
 from lfp_jax.attribution import inversion, verdict
 from lfp_jax.experiment import Bench
 from lfp_jax.generators import zoo
 from lfp_jax.metrics import accuracy
-
-_USERS, _FOREIGN = 2000, 2001  # folds of the seed, beyond those of an experiment
 
 
 def _parse():
@@ -81,8 +78,8 @@ def _part(rng, u8):
 def _foreign(options, config, bench):
     """Give {source: uint8 images}."""
     generator, n = bench.generator(config), options.foreign
-    key = jax.random.fold_in(jax.random.key(config.seed), _FOREIGN)
-    rng, shape = np.random.default_rng(_FOREIGN), generator.image_shape
+    key = seeds.key(config.seed, seeds.FOREIGN)
+    rng, shape = np.random.default_rng(seeds.FOREIGN), generator.image_shape
     other = next(name for name in zoo.BUNDLED if name != generator.name)
     out = {}
     for name, each in (("plain", generator), (other, generators.load(other))):
@@ -100,8 +97,8 @@ def _foreign(options, config, bench):
 
 def _look_elsewhere(options, config, bench):
     sources = _foreign(options, config, bench)
-    point, key = bench.prepare(config, options.out), jax.random.key(config.seed)
-    estimator, _ = design.estimator(key, point, config)
+    point, key = bench.prepare(config, options.out), seeds.key(config.seed, seeds.ESTIMATE)
+    estimator, _ = design.estimator(seeds.key(config.seed, seeds.BANK), point, config)
     for name, u8 in sources.items():
         path = Path(options.out) / f"foreign-{name}.npz"
         if not path.exists():
@@ -174,7 +171,7 @@ def main():
         _look_elsewhere(options, config, bench)
     if options.no_judging:
         return
-    key = jax.random.fold_in(jax.random.key(config.seed), _USERS)
+    key = seeds.key(config.seed, seeds.STRANGERS)
     others, rows = draw_bits(key, options.users, config.bits), []
     for path in sorted(out.glob("*.npz")):
         with np.load(path) as file:

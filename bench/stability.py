@@ -15,7 +15,7 @@ import importlib
 import jax
 import numpy as np
 
-from lfp_jax import basis, design, sensitivity
+from lfp_jax import basis, design, seeds, sensitivity
 
 
 def _half_metric(key, generator, first, last):
@@ -43,7 +43,7 @@ def main():
     options = parser.parse_args()
     config = importlib.import_module(f"configs.{options.config}").get_config()
     generator = design.load_configured(config)
-    key = jax.random.fold_in(jax.random.key(config.seed), 0)
+    key = seeds.key(config.seed, seeds.BASIS)
     metric_key = jax.random.fold_in(key, 1)
     half, half_metric = max(options.samples), max(options.metric_samples)
     latents = basis.sample(key, generator, 2 * half)

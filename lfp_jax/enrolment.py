@@ -8,13 +8,10 @@ are users it is taken as it is, or the error says in what it differs.
 import dataclasses
 from pathlib import Path
 
-import jax
-
-from lfp_jax import design
+from lfp_jax import design, seeds
 from lfp_jax.errors import UserError
 from lfp_jax.registry import DesignPoint
 
-_BASIS = 0  # fold of the seed, as in an experiment, whose basis is found again
 _NOISES = ("constant", "unknown")  # a file does not say which noise it was made with
 
 
@@ -39,7 +36,7 @@ def place(workdir, registry):
 
 def prepare(config, workdir, *, refit):
     """Make the design point of a config ready, as `design.prepare`."""
-    key = jax.random.fold_in(jax.random.key(config.seed), _BASIS)
+    key = seeds.key(config.seed, seeds.BASIS)
     return design.prepare(key, config, workdir, refit=refit)
 
 

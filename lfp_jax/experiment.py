@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lfp_jax import attacks, basis, design, fingerprint, generators, images, keys, logs
+from lfp_jax import attacks, basis, design, fingerprint, generators, images, keys, logs, seeds
 from lfp_jax.attribution import bank, inversion, verdict
 from lfp_jax.generators import stylegan2, zoo
 from lfp_jax.metrics import accuracy, distances, features, perceptual
@@ -20,13 +20,6 @@ from lfp_jax.report import plots
 _BATCH = 64
 _COLUMNS = 8
 _DRAWS = 100  # bootstrap draws of a distance
-
-# Everything random in a run comes from one of these folds of the seed.
-_FOLDS = range(11)
-(
-    _BASIS, _IMAGES, _KEYS, _BANK, _ESTIMATE, _QUALITY, _QUALITY_KEYS, _BOOTSTRAP, _ATTACK, _DECOYS,
-    _NOISE,
-) = _FOLDS  # fmt: skip
 
 # Settings of what happens to fingerprinted images later; all others are of the images themselves.
 _LATER = {"attack", "estimator", "network", "loss", "lm", "adam", "decoys"}
@@ -117,7 +110,7 @@ class Bench:
 
     def prepare(self, config, workdir):
         """Give the Design of a config, whose basis is in `workdir`, or will be."""
-        key, generator = _key(config, _BASIS), self.generator(config)
+        key, generator = seeds.key(config.seed, seeds.BASIS), self.generator(config)
         make = partial(design.prepare, key, config, workdir, generator=generator)
         return self._keep("design", point_settings(config) | {"workdir": str(workdir)}, make)
 
@@ -128,7 +121,7 @@ class Bench:
 
     def _mark(self, config, point):
         # An experiment must be repeatable, so its keys come from the seed; real ones do not.
-        users = _draw_bits(_key(config, _KEYS), config.users, config.bits)
+        users = _draw_bits(seeds.key(config.seed, seeds.KEYS), config.users, config.bits)
         book = design.codebook(point.space, config)
         if book is not None:  # the leading bits say a number
             users = book.encode([int("".join(map(str, row[: book.payload])), 2) for row in users])
@@ -154,12 +147,16 @@ class Bench:
             UserError: as of `run`.
         """
         point, marked = self.prepare(config, workdir), self.marked(config, workdir)
-        seen = attacks.apply(_key(config, _ATTACK), marked.images, attacks.find(config.attack))
+        seen = attacks.apply(
+            seeds.key(config.seed, seeds.ATTACK), marked.images, attacks.find(config.attack)
+        )
         make_bank = partial(self._bank, config=config)
-        key = _key(config, _BANK)
+        key = seeds.key(config.seed, seeds.BANK)
         estimator, setup_seconds = design.estimator(key, point, config, make_bank=make_bank)
         start = time.monotonic()
-        solution = _estimate(estimator, _key(config, _ESTIMATE), marked.makers, point, seen, config)
+        solution = _estimate(
+            estimator, seeds.key(config.seed, seeds.ESTIMATE), marked.makers, point, seen, config
+        )
         return Estimate(seen, solution, time.monotonic() - start, setup_seconds)
 
     def measure(self, config, workdir):
@@ -183,7 +180,7 @@ class Bench:
 
         # --- measure ---------------------------------------------------------------------------
         ratios = verdict.ratios(solution.soft_bits)
-        decoys = _draw_bits(_key(config, _DECOYS), config.decoys, config.bits)
+        decoys = _draw_bits(seeds.key(config.seed, seeds.DECOYS), config.decoys, config.bits)
         metrics = {
             "bit_accuracy": _rate(accuracy.bit_accuracy(solution.bits, truth), n),
             "word_accuracy": _rate(accuracy.word_accuracy(solution.bits, truth), n),
@@ -232,7 +229,7 @@ class Bench:
         settings = design.generator_settings(config) | {"seed": config.seed, "images": n}
         make = partial(_reference, config, generator)
         latents, plain, reference, name = self._keep("reference", settings, make)
-        bits = _draw_bits(_key(config, _QUALITY_KEYS), n, config.bits)
+        bits = _draw_bits(seeds.key(config.seed, seeds.QUALITY_KEYS), n, config.bits)
         marked = fingerprint.inject(point.space, latents, bits, **point.mark)
         note = {"features": features.NAME, "reference": name, "images": n}
         fd = _frechet(config, _features(generator, marked), reference)
@@ -274,15 +271,11 @@ def table(metrics):
     return "\n".join(lines)
 
 
-def _key(config, fold):
-    return jax.random.fold_in(jax.random.key(config.seed), fold)
-
-
 def _plain(config, point):
     """Draw latents, the generator of each (None: all have one), and make plain images of them."""
     generator = point.generator
-    latents = basis.sample(_key(config, _IMAGES), generator, config.images)
-    makers = _makers(_key(config, _NOISE), generator, config)
+    latents = basis.sample(seeds.key(config.seed, seeds.IMAGES), generator, config.images)
+    makers = _makers(seeds.key(config.seed, seeds.NOISE), generator, config)
     return latents, makers, images.png_round_trip(_make(makers, generator, latents))
 
 
@@ -317,7 +310,7 @@ def _estimate(estimator, key, makers, point, seen, config):
 def _reference(config, generator):
     """Give latents [n, ...], their plain images' distance, and to what statistics, by name."""
     n, demo = config.fd_images, generator.name in zoo.BUNDLED
-    draw = partial(basis.sample, _key(config, _QUALITY), generator, n)
+    draw = partial(basis.sample, seeds.key(config.seed, seeds.QUALITY), generator, n)
     latents = draw()
     rows = _features(generator, latents)
     if demo:
@@ -340,7 +333,7 @@ def _features(generator, latents):
 
 
 def _frechet(config, rows, reference):
-    key = _key(config, _BOOTSTRAP)
+    key = seeds.key(config.seed, seeds.BOOTSTRAP)
     distance = distances.frechet_interval(rows, reference, key=key, draws=_DRAWS)
     return {"value": distance.value, "low": distance.low, "high": distance.high}
 

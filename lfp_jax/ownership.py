@@ -28,7 +28,17 @@ import jax.numpy as jnp
 import numpy as np
 
 import lfp_jax
-from lfp_jax import basis, design, enrolment, files, fingerprint, generators, images, keys
+from lfp_jax import (
+    basis,
+    design,
+    enrolment,
+    files,
+    fingerprint,
+    generators,
+    images,
+    keys,
+    seeds,
+)  # fmt: skip
 from lfp_jax.attribution import inversion, verdict
 from lfp_jax.errors import UserError
 from lfp_jax.generators import stylegan2
@@ -36,7 +46,6 @@ from lfp_jax.logs import Progress
 from lfp_jax.registry import Registry
 from lfp_jax.weights import rosinality
 
-_BANK, _ESTIMATE = 3, 4  # folds of the seed, as in an experiment
 _BATCH = 64  # images made at once
 _AT_ONCE = 8  # images read at once, on each device but a CPU: there each answer comes when it can
 _LEAST_SIDE = 8  # pixels; what is smaller tells nothing
@@ -325,11 +334,10 @@ class _Court:
 
     def __init__(self, rolls, point, config, rate):
         self._rolls = rolls
-        key = jax.random.key(config.seed)
-        bound, _ = design.estimator(jax.random.fold_in(key, _BANK), point, config)
+        bound, _ = design.estimator(seeds.key(config.seed, seeds.BANK), point, config)
         options = {"space": point.space, **point.mark, "progress": False}
         generator = design.quiet(point.generator) if config.noise == "unknown" else point.generator
-        key = jax.random.fold_in(key, _ESTIMATE)
+        key = seeds.key(config.seed, seeds.ESTIMATE)
         self._estimate = partial(bound, key, generator, **options)
         self._basis = {
             "estimator": config.estimator,

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import ndtr
 
-from lfp_jax import attacks, basis, design, fingerprint, images, logs, sensitivity
+from lfp_jax import attacks, basis, design, fingerprint, images, logs, seeds, sensitivity
 from lfp_jax.attribution import coordinates, decoding, gauss_newton
 from lfp_jax.attribution.inversion import decode_flat
 from lfp_jax.errors import UserError
@@ -33,7 +33,6 @@ from lfp_jax.metrics import perceptual
 
 PICTURES = 4  # linearised, unless told otherwise
 
-_BASIS, _IMAGES, _KEYS = 0, 1, 2  # folds of the seed, as in an experiment
 _DRAWS = 8  # of the noise of each picture, for the decoder
 _LEAST = 1e-6  # share of a bit's prior variance that is left at least, as in `decoding`
 
@@ -153,10 +152,10 @@ def run(config, workdir, *, pictures):
     variance = noise_variance(attacks.find(config.attack))
     if config.noise != "constant":
         raise UserError(f"A plan needs noise=constant; got noise={config.noise}.")
-    fold = partial(jax.random.fold_in, jax.random.key(config.seed))
-    point = design.prepare(fold(_BASIS), config, workdir)
-    latents = basis.sample(fold(_IMAGES), point.generator, pictures)
-    users = jax.random.bernoulli(fold(_KEYS), 0.5, (config.users, config.bits))
+    fold = partial(seeds.key, config.seed)
+    point = design.prepare(fold(seeds.BASIS), config, workdir)
+    latents = basis.sample(fold(seeds.IMAGES), point.generator, pictures)
+    users = jax.random.bernoulli(fold(seeds.KEYS), 0.5, (config.users, config.bits))
     bits = np.asarray(users, np.uint8)[np.arange(pictures) % config.users]
     plan = predict(
         point.generator, point.space, point.metric, latents, bits, variance=variance, **point.mark

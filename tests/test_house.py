@@ -20,7 +20,13 @@ ORDER = [
     "design", "enrolment", "ownership", "desk", "planner", "experiment", "cells", "grid",
     "options", "main",
 ]  # fmt: skip
-LEAVES = {"errors", "files", "sharding", "logs"}  # imported by all, and import one another only
+LEAVES = {
+    "errors",
+    "files",
+    "sharding",
+    "logs",
+    "seeds",
+}  # imported by all, and import one another only
 DISK = {"files", "weights", "images", "registry", "logs", "report", "training.data", "cells"}
 SEE_CONFIGS = {
     "design", "enrolment", "ownership", "desk", "planner", "experiment", "grid", "options", "main",

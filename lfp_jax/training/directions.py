@@ -2,12 +2,7 @@
 
 import os
 
-import jax
-
-from lfp_jax import basis, generators
-
-# The fold of the seed from which experiments and the training of estimators draw their basis.
-_BASIS = 0
+from lfp_jax import basis, generators, seeds
 
 
 def train(
@@ -34,6 +29,6 @@ def train(
     if sample_steps is not None:
         source = source.replace(sample_steps=sample_steps)
     path = os.path.join(workdir, "directions")
-    key = jax.random.fold_in(jax.random.key(seed), _BASIS)
+    key = seeds.key(seed, seeds.BASIS)
     basis.ship(key, path, source, samples=samples, metric_samples=metric_samples)
     print(f"Directions: {path}/")

@@ -11,7 +11,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from lfp_jax import basis, generators, sharding
+from lfp_jax import basis, generators, seeds, sharding
 from lfp_jax.attribution import estimator as estimators
 from lfp_jax.attribution import training
 from lfp_jax.attribution.inversion import Silent
@@ -21,10 +21,6 @@ from lfp_jax.logs import MetricLog, Progress, read_lines
 from lfp_jax.report import plots
 from lfp_jax.training.window import Window, check_intervals
 from lfp_jax.weights import store
-
-# The first fold of the seed is the basis, as in an experiment; the others lie beyond those that an
-# experiment uses, so that no image of an experiment of the same seed was ever trained on.
-_BASIS, _INIT, _PAIRS, _FRESH = 0, 1000, 1001, 1002
 
 
 def train(
@@ -98,18 +94,18 @@ def train(
     chain = choose(attacks, training.CHAINS, "suite of training attacks")
     choose(code, CODES, "code")
     _check(mesh, total_pairs, batch, strength, log_every, save_every, evaluate_pairs)
-    fold = partial(jax.random.fold_in, jax.random.key(seed))
+    fold = partial(seeds.key, seed)
     source = generators.load(generator) if isinstance(generator, str) else generator
     if sample_steps is not None:
         source = source.replace(sample_steps=sample_steps)
     fitted, metric = basis.measure_generator(
-        fold(_BASIS), source, samples=basis_samples, metric_samples=metric_samples,
+        fold(seeds.BASIS), source, samples=basis_samples, metric_samples=metric_samples,
         directions=directions,
     )  # fmt: skip
     space = basis.split(fitted, bits=bits, shift=shift)
     arch = estimators.Architecture(**network or {})
     estimator = estimators.initial(
-        fold(_INIT), source, space, metric=metric, arch=arch, strength=strength, code=code,
+        fold(seeds.NETWORK), source, space, metric=metric, arch=arch, strength=strength, code=code,
         nuisance=nuisance,
     )  # fmt: skip
     if begin is not None:
@@ -133,7 +129,7 @@ def train(
     starts = np.arange(0, evaluate_pairs, batch, dtype=np.int32)
 
     def measure(params):
-        of_batch = partial(evaluate, fold(_FRESH), kind.replace(params=params), source, space)
+        of_batch = partial(evaluate, fold(seeds.FRESH), kind.replace(params=params), source, space)
         return _bit_accuracies(of_batch, starts, training.attack_names(chain))
 
     # --- steps -----------------------------------------------------------------------------------
@@ -143,7 +139,9 @@ def train(
     line = Progress(max(steps, start) * batch, unit="pairs", label="train", start=start * batch)
     with line if first else Silent() as progress:
         for step in range(start, steps):
-            state, metrics = take_step(fold(_PAIRS), state, kind, source, space, np.int32(step))
+            state, metrics = take_step(
+                fold(seeds.PAIRS), state, kind, source, space, np.int32(step)
+            )
             window.add(metrics)
             done = step + 1
             last = done == steps
