@@ -5,11 +5,10 @@ as shifted sums: on CPU a depthwise convolution is two orders of magnitude slowe
 XLA fuses the sums into one pass over memory.
 
 Two forms have rules of differentiation of their own, because XLA on CPU runs what it derives by
-itself several times slower: the weight gradient of `up_conv` is one matrix product a kernel tap,
-not a dilated convolution; and those of `conv` are its two transposes, whose own derivatives are
-again `conv` and these two, where second derivatives (the R1 penalty) would meet convolutions
-dilated twice. A custom rule blocks forward mode, so it is asked for by `trainable=True`; Jacobians
-use the plain forms.
+itself up to several times slower: weight gradients are one matrix product a kernel tap there; and
+the derivatives of `conv` are its two transposes, whose own are again `conv` and these two, where
+second derivatives (the R1 penalty) would meet convolutions dilated twice. A custom rule blocks
+forward mode, so it is asked for by `trainable=True`; Jacobians use the plain forms.
 """
 
 from functools import partial
@@ -57,8 +56,28 @@ def _to_image(y, kernel, shape, stride, pad):
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _to_kernel(x, y, shape, stride, pad):
     """Transpose in the kernel: [n, h, w, i], [n, h', w', o] -> a kernel of this shape."""
-    kernel = jax.ShapeDtypeStruct(shape, x.dtype)
-    return jax.linear_transpose(lambda kernel: _conv(x, kernel, stride, pad), kernel)(y)[0]
+    height, width = y.shape[1:3]
+
+    def as_derived(x, y):
+        kernel = jax.ShapeDtypeStruct(shape, x.dtype)
+        return jax.linear_transpose(lambda kernel: _conv(x, kernel, stride, pad), kernel)(y)[0]
+
+    def by_tap(x, y):
+        x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+
+        def tap(row, column):
+            reached = x[:, row::stride, column::stride][:, :height, :width]
+            return jnp.einsum("nhwi,nhwo->io", reached, y)
+
+        return _kernel_of(tap, shape[0])
+
+    return lax.platform_dependent(x, y, cpu=by_tap, default=as_derived)
+
+
+def _kernel_of(tap, size):
+    """Put the taps [i, o] of a kernel together."""
+    taps = [[tap(row, column) for column in range(size)] for row in range(size)]
+    return jnp.stack([jnp.stack(row) for row in taps])
 
 
 def _conv_backward(stride, pad, operands, grad):
@@ -120,8 +139,7 @@ def _transposed_backward(residuals, grad):
         reached = grad[:, size - 1 - row :: 2, size - 1 - column :: 2][:, :height, :width]
         return jnp.einsum("nhwi,nhwo->io", x, reached)
 
-    taps = [[tap(row, column) for column in range(size)] for row in range(size)]
-    return x_grad, jnp.stack([jnp.stack(row) for row in taps])
+    return x_grad, _kernel_of(tap, size)
 
 
 _trainable_transposed.defvjp(_transposed_forward, _transposed_backward)
