@@ -24,7 +24,6 @@ was attacked.
 """
 
 import argparse
-import importlib
 import re
 import tempfile
 from functools import partial
@@ -34,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.rows import draw_bits, line, mean, rate, row
+from bench.rows import draw_bits, line, load_config, mean, rate, row
 from lfp_jax import adversary, basis, design, fingerprint, images, logs, seeds
 from lfp_jax.attribution import estimator as learner
 from lfp_jax.attribution import inversion, verdict
@@ -214,8 +213,7 @@ def _fit(llr, bits):
 
 def measure(options, workdir):
     """Measure every attack; give a row each."""
-    name, _, arg = options.config.partition(":")
-    config = importlib.import_module(f"configs.{name}").get_config(arg)
+    config = load_config(options.config)
     for field in ("images", "users", "estimator", "decoys"):
         if getattr(options, field) is not None:
             config[field] = getattr(options, field)

@@ -15,17 +15,15 @@ only predicted.
 """
 
 import argparse
-import importlib
 import json
 from functools import partial
 from pathlib import Path
 
-import jax
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from bench.rows import attack_names
+from bench.rows import attack_names, draw_bits, load_config
 from lfp_jax import attacks, basis, design, fingerprint, images, logs, planner, seeds
 from lfp_jax.errors import UserError
 from lfp_jax.experiment import Bench
@@ -44,15 +42,14 @@ class Carrier:
 
     def __init__(self, options, name, shift, bench):
         """Find that strength."""
-        module, _, switches = options.config.partition(":")
-        self.config = config = importlib.import_module(f"configs.{module}").get_config(switches)
+        self.config = config = load_config(options.config)
         config.update(basis=name, shift=shift, equalise=True, estimator=options.estimator)
         config.update(images=options.images, users=options.images, fd_images=options.fd_images)
-        self.folder, self.bench, self.fd = Path(options.out) / name, bench, {}
+        self.folder, self.bench = Path(options.out) / name, bench
         self.point = bench.prepare(config, self.folder)
         fold = partial(seeds.key, config.seed)
         self.latents = basis.sample(fold(seeds.IMAGES), self.point.generator, _PROBES)
-        self.bits = np.asarray(jax.random.bernoulli(fold(seeds.KEYS), 0.5, (_PROBES, config.bits)))
+        self.bits = draw_bits(fold(seeds.KEYS), _PROBES, config.bits)
         self.plain = images.png_round_trip(design.decode(self.point.generator, self.latents))
         self.displaced, strength = self._change(1e-6), options.change
         self.in_reach = self.displaced < options.change

@@ -13,12 +13,11 @@ OUT/NAME.npz: the command goes on where it was stopped, and judges what is there
 """
 
 import argparse
-import importlib
 from pathlib import Path
 
 import numpy as np
 
-from bench.rows import attack_names, draw_bits, mean, rate
+from bench.rows import attack_names, draw_bits, load_config, mean, rate
 from lfp_jax import basis, design, files, generators, images, logs, seeds
 from lfp_jax.attribution import inversion, verdict
 from lfp_jax.experiment import Bench
@@ -42,8 +41,7 @@ def _parse():
 
 
 def _config(options):
-    name, _, switches = options.config.partition(":")
-    config = importlib.import_module(f"configs.{name}").get_config(switches)
+    config = load_config(options.config)
     config.update(estimator=options.estimator, images=options.images, users=options.images)
     return config
 
@@ -110,29 +108,27 @@ def _look_elsewhere(options, config, bench):
 # --- judging -------------------------------------------------------------------------------------
 
 
-def _judge(path, own, others, options):
+def _judge(path, others, decoys, options):
     """Judge the images of a file; the table's row.
 
     Args:
-        path: of a file of `_keep`.
-        own: keys [n, k] of the images, the first of all users; None where nobody made them.
+        path: of a file of `_keep`; images with keys of their own are of the first of all users.
         others: keys [m, k] of users who made none.
+        decoys: of `verdict.draw_decoys`.
         options: of the command line.
     """
     with np.load(path) as file:
         found = dict(file)
-    n, bits = found["soft_bits"].shape
+    own, (n, bits) = found.get("bits"), found["soft_bits"].shape
     users = others if own is None else np.concatenate([own, others])[: options.users]
     users = verdict.index(np.packbits(users, axis=1), bits=bits)
-    decoys = verdict.draw_decoys(bits=bits)
     ratios = verdict.ratios(found["soft_bits"])
     row = {"name": path.stem, "evaluations": mean(found["evaluations"])}
     for score in ("soft", "hard"):
         form = {"rate": options.rate, "score": score, "decoys": decoys}
         named = [verdict.judge(llr, users, **form).user for llr in ratios]
-        right = [None if own is None else i for i in range(n)]
-        hits = sum(a is not None and a == b for a, b in zip(named, right, strict=True))
-        wrong = sum(a is not None and a != b for a, b in zip(named, right, strict=True))
+        hits = 0 if own is None else sum(user == i for i, user in enumerate(named))
+        wrong = sum(user is not None for user in named) - hits
         row[score] = {"right": _rate(hits, n), "wrong": _rate(wrong, n)}
     if own is not None:
         row["bit_accuracy"] = rate(accuracy.bit_accuracy(found["soft_bits"] > 0.5, own))
@@ -173,10 +169,9 @@ def main():
         return
     key = seeds.key(config.seed, seeds.STRANGERS)
     others, rows = draw_bits(key, options.users, config.bits), []
+    decoys = verdict.draw_decoys(bits=config.bits)
     for path in sorted(out.glob("*.npz")):
-        with np.load(path) as file:
-            own = file.get("bits")
-        rows.append(_judge(path, own, others, options))
+        rows.append(_judge(path, others, decoys, options))
         print(_line(rows[-1]), flush=True)
     about = {"settings": config.to_dict(), "users": options.users, "rate": options.rate}
     logs.write_json(out / "identification.json", about | {"rows": rows})

@@ -1,6 +1,7 @@
 """Rows of results as a grid writes them, so that other methods and adversaries fit its tables."""
 
 import hashlib
+import importlib
 
 import jax
 import numpy as np
@@ -52,6 +53,12 @@ def mean(values, **more):
 def draw_bits(key, n, bits):
     """Draw keys, uint8 [n, bits]."""
     return np.asarray(jax.random.bernoulli(key, 0.5, (n, bits)), np.uint8)
+
+
+def load_config(text):
+    """Load a config of configs/ by its name, and its switches after a colon."""
+    name, _, switches = text.partition(":")
+    return importlib.import_module(f"configs.{name}").get_config(switches)
 
 
 def attack_names(asked):

@@ -258,31 +258,33 @@ def export(
     enrolment.check(config)
     with Registry(enrolment.place(workdir, registry)) as ledger:
         number, point, key = enrolment.open_for(user, ledger, config, workdir)
-        write = (
-            _write_folded if isinstance(point.generator, stylegan2.StyleGAN2) else _write_program
-        )
-        written, sha256 = write(Path(target), point, key.bits, f"as that of '{config.generator}'")
+        if isinstance(point.generator, stylegan2.StyleGAN2):
+            folded = fingerprint.fold(point.space, point.generator, key.bits, **point.mark)
+            folded = folded.replace(sha256=design.digest(folded))
+            sha256, licence = folded.sha256, f"as that of '{config.generator}'"
+            write = partial(_write_folded, Path(target), folded, licence)
+        else:
+            data = fingerprint.program(point.space, point.generator, key.bits, **point.mark)
+            sha256, write = hashlib.sha256(data).hexdigest(), partial(_write_program, target, data)
+        # Entered before it is written: nobody holds a generator that the registry does not know.
         form = {"noise": config.noise, "settings": {"sha256": sha256}}
         ledger.issue(user, design=number, images=0, kind="generator", **form)
-    return written
+    return write()
 
 
-def _write_folded(target, point, bits, licence):
-    folded = fingerprint.fold(point.space, point.generator, bits, **point.mark)
-    folded = folded.replace(sha256=design.digest(folded))
+def _write_folded(target, folded, licence):
     written = {"store": str(target / "generator")}
     generators.save(written["store"], folded, source_format="lfp_jax", licence=licence)
     if rosinality.can_hold(folded.arch):
         written["rosinality"] = str(target / "generator.pt")
         generators.save_rosinality(written["rosinality"], folded)
-    return written, folded.sha256
+    return written
 
 
-def _write_program(target, point, bits, _):
-    written = {"program": str(target / "generator.jax")}
-    data = fingerprint.program(point.space, point.generator, bits, **point.mark)
+def _write_program(target, data):
+    written = {"program": str(Path(target) / "generator.jax")}
     files.write(written["program"], data)
-    return written, hashlib.sha256(data).hexdigest()
+    return written
 
 
 class _Users:

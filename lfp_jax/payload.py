@@ -87,7 +87,7 @@ class Codebook:
             raise ValueError(f"Ratios must be [{self.bits}]; got {list(np.shape(llr))}.")
         users = 2**self.payload
         keys.check_capacity(bits=self.bits, users=users, rate=rate)
-        threshold, llr = rate / users, np.nan_to_num(np.asarray(llr, np.float64))
+        threshold, llr = rate / users, verdict.clean(llr)
         number = self._nearest(llr)
         if number is None:
             return verdict.Verdict(None, 1.0, threshold, 0, self.bits, 0.0, users, None)
@@ -113,7 +113,7 @@ class Codebook:
         Returns:
             uint8 [k].
         """
-        llr = np.nan_to_num(np.asarray(llr, np.float64))
+        llr = verdict.clean(llr)
         number = self._nearest(llr)
         return (llr > 0.0).astype(np.uint8) if number is None else self.encode([number])[0]
 

@@ -99,7 +99,7 @@ def pool(llr: np.ndarray) -> np.ndarray:
     Returns:
         float64 [k].
     """
-    return np.sum([_clean(row) for row in llr], axis=0)
+    return np.sum([clean(row) for row in llr], axis=0)
 
 
 def hard_p_value(agreeing: int, *, bits: int, code: str = "antipodal") -> float:
@@ -160,7 +160,7 @@ def soft_p_value(
     Returns:
         float64, as the discrepancy; never below the true probability.
     """
-    weights, found = np.abs(_clean(llr)), np.asarray(discrepancy, np.float64)
+    weights, found = np.abs(clean(llr)), np.asarray(discrepancy, np.float64)
     scale = weights.max() or 1.0
     weights, scaled = weights / scale, found.ravel() / scale
     bound = np.minimum(_lattice_bound(weights, scaled), _chernoff_bound(weights, scaled))
@@ -233,7 +233,7 @@ def judge(
     if np.shape(llr) != (users.bits,):
         raise ValueError(f"Ratios must be [{users.bits}]; got {list(np.shape(llr))}.")
     keys.check_capacity(bits=users.bits, users=len(users), rate=rate, code=code)
-    llr = _clean(llr)
+    llr = clean(llr)
     weights = np.abs(llr) if score == "soft" else np.ones(users.bits)
     rows, disagree = _nearest(users, llr > 0.0, weights)
     found = disagree @ weights
@@ -261,7 +261,7 @@ def judge(
     )
 
 
-def _clean(llr):
+def clean(llr: np.ndarray) -> np.ndarray:
     """Make ratios finite: NaN says nothing, infinity no more than the surest finite one."""
     llr = np.asarray(llr, np.float64)
     finite = np.abs(llr[np.isfinite(llr)])
