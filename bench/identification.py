@@ -8,21 +8,28 @@ An attack is one of a suite, or a suite's name for all of its attacks; the estim
 it. Every image has a key of its own, and its user stands among all others with keys drawn at
 random. `--foreign N` adds N images each of the same generator without a key, of the other bundled
 generator, of flat colours, noise and stripes, and squares out of the files of `--photos`; whoever
-is named for one of those is named wrongly. What the estimator says of each image is kept in
-OUT/NAME.npz: the command goes on where it was stopped, and judges what is there anew.
+is named for one of those is named wrongly. A null trial is an image and a key that did not make it,
+at a rate of 1e-3.
+
+What the estimator says is kept in OUT/parts, some images a file: give the command again to go on
+where it was stopped, or several times at once to share the work. What is there is judged anew.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from bench.rows import attack_names, draw_bits, load_config, mean, rate
 from lfp_jax import basis, design, files, generators, images, logs, seeds
-from lfp_jax.attribution import inversion, verdict
+from lfp_jax.attribution import verdict
+from lfp_jax.cells import Folder
 from lfp_jax.experiment import Bench
 from lfp_jax.generators import zoo
 from lfp_jax.metrics import accuracy
+
+_NULL_RATE, _NULL_KEYS = 1e-3, 1_000  # of null trials, and keys that each image is tried against
 
 
 def _parse():
@@ -36,6 +43,7 @@ def _parse():
     parser.add_argument("--foreign", type=int, default=0, help="images of each source")
     parser.add_argument("--photos", help="folder of image files, to cut squares from")
     parser.add_argument("--out", default="runs/identification", help="folder of results")
+    parser.add_argument("--part", type=int, default=25, help="images estimated before any is kept")
     parser.add_argument("--no-judging", action="store_true", help="estimate alone")
     return parser.parse_args()
 
@@ -46,14 +54,76 @@ def _config(options):
     return config
 
 
-def _keep(path, solution, **more):
+# --- images, and what is read from them ----------------------------------------------------------
+
+
+def _sets(options, config, bench):
+    """Give {name: (how many, a function that makes them and their keys or None)}."""
+    sets = {}
+    for name in attack_names(options.attacks):
+        sets[name.replace(":", "-")] = options.images, partial(_attacked, name, options, config)
+    if options.foreign:
+        other = next(name for name in zoo.BUNDLED if name != bench.generator(config).name)
+        names = ["plain", other, "flat", "noise", "stripes", *["photos"][: bool(options.photos)]]
+        for name in names:
+            make = partial(_foreign, name, options, config)
+            sets[f"foreign-{name}"] = options.foreign, make
+    return sets
+
+
+def _attacked(name, options, config, bench):
+    config.attack = name
+    marked = bench.marked(config, options.out)
+    return bench.attacked(config, options.out), marked.users[marked.owner]
+
+
+def _estimate(options, config, bench):
+    """Estimate what is missing and nobody else is at, and keep it."""
+    folder, parts = Folder(options.out), Path(options.out) / "parts"
+    parts.mkdir(parents=True, exist_ok=True)
+    for name, (count, make) in _sets(options, config, bench).items():
+        made = None
+        for start in range(0, count, options.part):
+            part = f"{name}-{start:05}"
+            path = parts / f"{part}.npz"
+            claim = None if path.exists() else folder.claim(part)
+            if claim is None:
+                continue
+            with claim:
+                if path.exists():  # by now
+                    continue
+                print(part, flush=True)
+                made = made or make(bench)
+                seen, bits = (each[start : start + options.part] for each in made)
+                _keep(path, bench.estimate(config, options.out, seen).solution, bits)
+
+
+def _keep(path, solution, bits):
     fields = ("soft_bits", "evaluations", "residual")
-    arrays = {name: getattr(solution, name) for name in fields} | more
+    arrays = {name: getattr(solution, name) for name in fields} | {"bits": bits}
     with files.replacing(path) as part, open(part, "wb") as file:
         np.savez_compressed(file, **arrays)
 
 
-# --- images of elsewhere -------------------------------------------------------------------------
+def _foreign(name, options, config, bench):
+    """Make images of a source, and no keys."""
+    generator, n = bench.generator(config), options.foreign
+    rng, shape = np.random.default_rng(seeds.FOREIGN), generator.image_shape
+    if name == "flat":
+        made = np.broadcast_to(rng.integers(0, 256, (n, 1, 1, shape[2])), (n, *shape))
+    elif name == "noise":
+        made = rng.integers(0, 256, (n, *shape))
+    elif name == "stripes":
+        made = [_stripes(rng, shape) for _ in range(n)]
+    elif name == "photos":
+        paths = images.find(options.photos)
+        made = [_part(rng, images.read(paths[i % len(paths)])) for i in range(n)]
+    else:
+        maker = generator if name == "plain" else generators.load(name)
+        latents = basis.sample(seeds.key(config.seed, seeds.FOREIGN), maker, n)
+        made = images.to_uint8(design.decode(maker, latents))
+    fitted = np.stack([images.fit(np.asarray(each, np.uint8), shape) for each in made])
+    return images.from_uint8(fitted), np.zeros((n, 0), np.uint8)
 
 
 def _stripes(rng, shape):
@@ -73,66 +143,50 @@ def _part(rng, u8):
     return u8[down : down + side, right : right + side]
 
 
-def _foreign(options, config, bench):
-    """Give {source: uint8 images}."""
-    generator, n = bench.generator(config), options.foreign
-    key = seeds.key(config.seed, seeds.FOREIGN)
-    rng, shape = np.random.default_rng(seeds.FOREIGN), generator.image_shape
-    other = next(name for name in zoo.BUNDLED if name != generator.name)
-    out = {}
-    for name, each in (("plain", generator), (other, generators.load(other))):
-        made = images.to_uint8(design.decode(each, basis.sample(key, each, n)))
-        out[name] = np.stack([images.fit(image, shape) for image in made])
-    out["flat"] = np.broadcast_to(rng.integers(0, 256, (n, 1, 1, shape[2])), (n, *shape))
-    out["noise"] = rng.integers(0, 256, (n, *shape))
-    out["stripes"] = np.stack([_stripes(rng, shape) for _ in range(n)])
-    if options.photos:
-        paths = images.find(options.photos)
-        photos = [_part(rng, images.read(paths[i % len(paths)])) for i in range(n)]
-        out["photos"] = np.stack([images.fit(photo, shape) for photo in photos])
-    return {name: each.astype(np.uint8) for name, each in out.items()}
-
-
-def _look_elsewhere(options, config, bench):
-    sources = _foreign(options, config, bench)
-    point, key = bench.prepare(config, options.out), seeds.key(config.seed, seeds.ESTIMATE)
-    estimator, _ = design.estimator(seeds.key(config.seed, seeds.BANK), point, config)
-    for name, u8 in sources.items():
-        path = Path(options.out) / f"foreign-{name}.npz"
-        if not path.exists():
-            seen = images.from_uint8(u8)
-            found = estimator(key, point.generator, point.space, seen, **point.mark)
-            _keep(path, inversion.host(found))
-
-
 # --- judging -------------------------------------------------------------------------------------
 
 
-def _judge(path, others, decoys, options):
-    """Judge the images of a file; the table's row.
+def _judge(name, paths, strangers, decoys, options):
+    """Judge the images of some files; the table's row.
 
     Args:
-        path: of a file of `_keep`; images with keys of their own are of the first of all users.
-        others: keys [m, k] of users who made none.
+        name: of the row.
+        paths: of files of `_keep`; images with keys of their own are of the first of all users.
+        strangers: keys [m, k] of users who made none.
         decoys: of `verdict.draw_decoys`.
         options: of the command line.
     """
-    with np.load(path) as file:
-        found = dict(file)
-    own, (n, bits) = found.get("bits"), found["soft_bits"].shape
-    users = others if own is None else np.concatenate([own, others])[: options.users]
+    parts = [dict(np.load(path)) for path in paths]
+    found = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    own, (n, bits) = found["bits"], found["soft_bits"].shape
+    users = np.concatenate([own, strangers])[: options.users] if own.size else strangers
     users = verdict.index(np.packbits(users, axis=1), bits=bits)
     ratios = verdict.ratios(found["soft_bits"])
-    row = {"name": path.stem, "evaluations": mean(found["evaluations"])}
+    row = {"name": name, "evaluations": mean(found["evaluations"])}
     for score in ("soft", "hard"):
         form = {"rate": options.rate, "score": score, "decoys": decoys}
         named = [verdict.judge(llr, users, **form).user for llr in ratios]
-        hits = 0 if own is None else sum(user == i for i, user in enumerate(named))
+        hits = sum(user == i for i, user in enumerate(named)) if own.size else 0
         wrong = sum(user is not None for user in named) - hits
         row[score] = {"right": _rate(hits, n), "wrong": _rate(wrong, n)}
-    if own is not None:
+        row[score]["null"] = _null(ratios, strangers[:_NULL_KEYS], score)
+    if own.size:
         row["bit_accuracy"] = rate(accuracy.bit_accuracy(found["soft_bits"] > 0.5, own))
     return row
+
+
+def _null(ratios, strangers, score):
+    """Rate at which keys [m, k] that made none of the images are taken for theirs, one by one."""
+    bits, passed = strangers.shape[1], 0
+    by_count = np.array([verdict.hard_p_value(m, bits=bits) for m in range(bits + 1)])
+    for llr in ratios:
+        disagree = strangers != (llr > 0.0)[None]
+        if score == "soft":
+            p_values = verdict.soft_p_value(llr, disagree @ np.abs(llr))
+        else:
+            p_values = by_count[bits - disagree.sum(axis=1)]
+        passed += int((p_values <= _NULL_RATE).sum())
+    return _rate(passed, len(ratios) * len(strangers))
 
 
 def _rate(count, n):
@@ -143,9 +197,11 @@ def _rate(count, n):
 def _line(row):
     parts = [f"{row['name']:<32}"]
     for score in ("soft", "hard"):
-        for what, entry in row[score].items():
+        for what in ("right", "wrong"):
+            entry = row[score][what]
             ends = f"{entry['value']:.3f} ({entry['low']:.3f} - {entry['high']:.3f})"
             parts.append(f"{score} {what} {ends}")
+        parts.append(f"null {row[score]['null']['value']:.5f}")
     bits = f"{row['bit_accuracy']['value']:.4f}" if "bit_accuracy" in row else "-"
     evaluations, n = row["evaluations"]["value"], row["evaluations"]["images"]
     return "  ".join([*parts, f"bits {bits}", f"evaluations {evaluations:.0f}", f"n {n}"])
@@ -155,23 +211,16 @@ def main():
     """Estimate what is missing, judge all, print a table and write identification.json."""
     options = _parse()
     config, bench, out = _config(options), Bench(), Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
-    for name in attack_names(options.attacks):
-        path = out / f"{name.replace(':', '-')}.npz"
-        if not path.exists():
-            config.attack = name
-            marked = bench.marked(config, out)
-            _keep(path, bench.estimate(config, out).solution, bits=marked.users[marked.owner])
-    if options.foreign:
-        config.attack = "none"
-        _look_elsewhere(options, config, bench)
+    _estimate(options, config, bench)
     if options.no_judging:
         return
     key = seeds.key(config.seed, seeds.STRANGERS)
-    others, rows = draw_bits(key, options.users, config.bits), []
-    decoys = verdict.draw_decoys(bits=config.bits)
-    for path in sorted(out.glob("*.npz")):
-        rows.append(_judge(path, others, decoys, options))
+    strangers, rows = draw_bits(key, options.users, config.bits), []
+    decoys, sets = verdict.draw_decoys(bits=config.bits), {}
+    for path in sorted((out / "parts").glob("*.npz")):
+        sets.setdefault(path.stem.rpartition("-")[0], []).append(path)
+    for name, paths in sets.items():
+        rows.append(_judge(name, paths, strangers, decoys, options))
         print(_line(rows[-1]), flush=True)
     about = {"settings": config.to_dict(), "users": options.users, "rate": options.rate}
     logs.write_json(out / "identification.json", about | {"rows": rows})

@@ -68,9 +68,8 @@ class Marked:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What an estimator read from the attacked images."""
+    """What an estimator read from images."""
 
-    seen: np.ndarray  # [n, H, W, C] in [-1, 1], what it was given
     solution: inversion.Solution  # on the host
     seconds: float  # for all images
     setup_seconds: float
@@ -133,12 +132,28 @@ class Bench:
         made = images.png_round_trip(_make(makers, point.generator, with_key))
         return Marked(users, owner, plain, made, makers)
 
-    def estimate(self, config, workdir):
-        """Attack the images of a config and estimate their keys, from pixels alone.
+    def attacked(self, config, workdir):
+        """Give the attacked images of a config, [n, H, W, C] in [-1, 1].
 
         Args:
             config: see configs/stylegan2.py.
             workdir: folder of the basis.
+
+        Raises:
+            UserError: as of `run`.
+        """
+        attack = attacks.find(config.attack)
+        made = self.marked(config, workdir).images
+        return attacks.apply(seeds.key(config.seed, seeds.ATTACK), made, attack)
+
+    def estimate(self, config, workdir, seen, *, makers=None):
+        """Estimate keys, from pixels alone.
+
+        Args:
+            config: see configs/stylegan2.py.
+            workdir: folder of the basis.
+            seen: images [n, H, W, C] in [-1, 1], of 8 bits.
+            makers: the generator of each, where they differ and it is known.
 
         Returns:
             An Estimate.
@@ -146,18 +161,12 @@ class Bench:
         Raises:
             UserError: as of `run`.
         """
-        point, marked = self.prepare(config, workdir), self.marked(config, workdir)
-        seen = attacks.apply(
-            seeds.key(config.seed, seeds.ATTACK), marked.images, attacks.find(config.attack)
-        )
-        make_bank = partial(self._bank, config=config)
+        point, make_bank = self.prepare(config, workdir), partial(self._bank, config=config)
         key = seeds.key(config.seed, seeds.BANK)
         estimator, setup_seconds = design.estimator(key, point, config, make_bank=make_bank)
-        start = time.monotonic()
-        solution = _estimate(
-            estimator, seeds.key(config.seed, seeds.ESTIMATE), marked.makers, point, seen, config
-        )
-        return Estimate(seen, solution, time.monotonic() - start, setup_seconds)
+        start, key = time.monotonic(), seeds.key(config.seed, seeds.ESTIMATE)
+        solution = _estimate(estimator, key, makers, point, seen, config)
+        return Estimate(solution, time.monotonic() - start, setup_seconds)
 
     def measure(self, config, workdir):
         """Attack, estimate and measure.
@@ -173,8 +182,9 @@ class Bench:
             UserError: as of `run`.
         """
         point, marked = self.prepare(config, workdir), self.marked(config, workdir)
-        estimate = self.estimate(config, workdir)
-        seen, solution = estimate.seen, estimate.solution
+        seen = self.attacked(config, workdir)
+        estimate = self.estimate(config, workdir, seen, makers=marked.makers)
+        solution = estimate.solution
         n, truth = config.images, marked.users[marked.owner]
         plain, made = marked.plain, marked.images
 
