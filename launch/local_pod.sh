@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
-# Rehearses a pod on this machine: N processes on its CPU that train together, as on N machines.
+# Rehearses a pod on this machine: N processes on its CPU that work together, as on N machines.
 #
 #   launch/local_pod.sh [--dry_run] N [FLAGS ...]      e.g. launch/local_pod.sh 2
 #
 # FLAGS are those of lfp_jax.main, by default a few steps of a small network. Each process's lines
-# start with its number. The first that fails ends them all, and with them this script. When all are
-# done, one process more writes the estimator from the checkpoint that they left.
+# start with its number. The first that fails ends them all, and with them this script.
 #
-# Assumes bash >= 5.1 and a Python with lfp_jax in it, python3 or $PYTHON. The batch must divide by
-# the devices of all processes. PORT chooses the port at which they meet, by default a free one.
+# Assumes bash >= 5.1 and a Python with lfp_jax in it, python3 or $PYTHON. A training's batch must
+# divide by the devices of all processes. PORT chooses the port at which they meet, by default a free one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -23,7 +22,6 @@ shift
 few=(--config=configs/train_estimator.py:tiny)
 [ $# -gt 0 ] || set -- "${few[@]}" --workdir=runs/local_pod
 python=${PYTHON:-python3}
-alone=("$python" -m lfp_jax.main "$@")
 free='import socket; print(socket.create_server(("localhost", 0)).getsockname()[1])'
 port=${PORT:-$("$python" -c "$free")}
 export JAX_PLATFORMS=cpu
@@ -32,8 +30,8 @@ pids=()
 # Not a gentle signal: JAX takes that for the notice of a preemption, and goes on.
 trap '[ ${#pids[@]} = 0 ] || kill -KILL "${pids[@]}" 2>/dev/null || true' EXIT
 for ((i = 0; i < n; i++)); do
-  command=("${alone[@]}" --distributed --coordinator="localhost:$port" --processes="$n"
-    --process="$i")
+  command=("$python" -m lfp_jax.main "$@" --distributed --coordinator="localhost:$port"
+    --processes="$n" --process="$i")
   if [ -n "$dry_run" ]; then
     echo "JAX_PLATFORMS=cpu ${command[*]@Q} &"
     continue
@@ -43,7 +41,6 @@ for ((i = 0; i < n; i++)); do
 done
 if [ -n "$dry_run" ]; then
   echo wait
-  echo "JAX_PLATFORMS=cpu ${alone[*]@Q}"
   exit
 fi
 
@@ -58,4 +55,3 @@ for ((left = n; left > 0; left--)); do
   done
 done
 pids=()
-"${alone[@]}"

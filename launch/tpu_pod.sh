@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Trains on a slice of Cloud TPU machines: makes it, runs on all of it, fetches, gives it back.
+# Works on a slice of Cloud TPU machines: makes it, runs on all of it, fetches, gives it back.
 #
 #   export NAME=lfp ZONE=us-central2-b TYPE=v4-32 SHARE=10.0.0.2:/vol1    # SPOT=1: spot capacity
 #   launch/tpu_pod.sh [--dry_run] STEP [FLAGS ...]
 #
 #   up            create the slice or reuse it, mount the share, install the last commit
 #   run FLAGS     lfp_jax.main FLAGS on all workers, and follow them; where the slice is preempted,
-#                 make it anew and go on from the checkpoint; at last write the network
+#                 make it anew and go on from the checkpoint
 #   logs          follow a run again, e.g. after a lost connection
 #   fetch         copy the work folder to runs/NAME
 #   delete        give the slice back; the share keeps the work folder
 #
 # Assumes gcloud with a project and the right to make TPUs; SHARE, an NFS share (Filestore) that the
 # zone reaches, for all workers write into a checkpoint; one user id on all workers (OS Login); and
-# that workers reach package registries. FLAGS are of the task `estimator`, the only one that trains
-# over several machines, without --workdir and --distributed. VERSION is the image of the machines.
+# that workers reach package registries. FLAGS are of what --distributed is for (--help), without that
+# flag and --workdir. VERSION is the image of the machines.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -61,9 +61,7 @@ case $step in
         echo "launch/tpu_pod.sh: the run failed, or the connection: try logs." >&2 && exit 1
       fi
       until up; do sleep 300; done # spot capacity comes and goes
-    done
-    # One process, which leaves the TPU alone: it would wait there for the other workers.
-    on 0 "cd lfp && JAX_PLATFORMS=cpu ~/venv/bin/python -m lfp_jax.main$flags" ;;
+    done ;;
   fetch) doing mkdir -p runs && tpu scp --recurse "$NAME:/mnt/lfp/$NAME" runs/ --worker=0 ;;
   delete) tpu delete "$NAME" --quiet ;;
   *) echo "usage: launch/tpu_pod.sh [--dry_run] up|run|logs|fetch|delete [FLAGS ...]" >&2 && exit 2 ;;

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lfp_jax import attacks, basis, fingerprint, generators, payload
+from lfp_jax import attacks, basis, fingerprint, generators, payload, sharding
 from lfp_jax.attribution import bank, encoder, inversion, least_squares
 from lfp_jax.attribution import estimator as learner
 from lfp_jax.errors import UserError, choose
@@ -196,7 +196,8 @@ def _basis(key, generator, config, workdir, refit):
         fitted = basis.block(fitted, shape=shape, channels=config.channels)
     arrays = {name: each for name, each in vars(fitted).items() if each is not None}
     pixels = math.prod(generator.image_shape)
-    store.save(path, {"basis": arrays, "metric": metric}, wanted | {"pixels": pixels})
+    if sharding.is_first():
+        store.save(path, {"basis": arrays, "metric": metric}, wanted | {"pixels": pixels})
     return fitted, metric
 
 

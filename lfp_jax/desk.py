@@ -99,7 +99,7 @@ def _doctor(config, workdir, **_):
     registry = workdir / "doctor.sqlite"  # its key is not one of the users'
     devices = ", ".join(sorted({device.device_kind for device in jax.devices()}))
     _say("machine", f"{os.cpu_count()} cores; JAX on {jax.device_count()} x {devices}")
-    _say("versions", ", ".join(f"{name} {each}" for name, each in ownership.versions().items()))
+    _say("versions", ", ".join(f"{name} {each}" for name, each in logs.versions().items()))
     clock = _Clock()
     generator = design.load_configured(config)
     _say("generator", f"{generators.describe(generator)}; loaded in {clock()}")

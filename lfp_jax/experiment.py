@@ -1,7 +1,6 @@
 """Design points, top to bottom: generator, basis, keys, images, attack, estimate, measure, show."""
 
 import dataclasses
-import importlib.metadata
 import time
 from functools import partial
 from pathlib import Path
@@ -11,15 +10,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lfp_jax import attacks, basis, design, fingerprint, generators, images, keys, logs, seeds
+from lfp_jax import (
+    attacks,
+    basis,
+    design,
+    fingerprint,
+    generators,
+    images,
+    keys,
+    logs,
+    quality,
+    seeds,
+    sharding,
+)  # fmt: skip
 from lfp_jax.attribution import bank, inversion, verdict
-from lfp_jax.generators import stylegan2, zoo
-from lfp_jax.metrics import accuracy, distances, features, perceptual
+from lfp_jax.generators import stylegan2
+from lfp_jax.metrics import accuracy, perceptual
 from lfp_jax.report import plots
 
-_BATCH = 64
 _COLUMNS = 8
-_DRAWS = 100  # bootstrap draws of a distance
 
 # Settings of what happens to fingerprinted images later; all others are of the images themselves.
 _LATER = {"attack", "estimator", "network", "loss", "lm", "adam", "decoys"}
@@ -27,6 +36,8 @@ _LATER = {"attack", "estimator", "network", "loss", "lm", "adam", "decoys"}
 
 def run(config, workdir):
     """Run one design point and write metrics.json and pictures into `workdir`.
+
+    Of several processes each estimates its share of the images, and process 0 writes and speaks.
 
     Args:
         config: see configs/stylegan2.py.
@@ -37,16 +48,26 @@ def run(config, workdir):
     """
     workdir = Path(workdir)
     design.check(config)
-    bench = Bench()
-    print(generators.describe(bench.generator(config)), flush=True)
+    bench, first = Bench(together=True), sharding.is_first()
+    if first:
+        print(generators.describe(bench.generator(config)), flush=True)
     marked = bench.marked(config, workdir)
-    images.write_pngs(workdir / "images", images.to_uint8(marked.images))
-    issued = {"keys": [keys.to_hex(user) for user in marked.users], "user_of_image": marked.owner}
-    logs.write_json(workdir / "keys.json", issued)
+    if first:
+        images.write_pngs(workdir / "images", images.to_uint8(marked.images))
+        of_image = {"user_of_image": marked.owner}
+        logs.write_json(
+            workdir / "keys.json", {"keys": [keys.to_hex(user) for user in marked.users]} | of_image
+        )
     result = bench.measure(config, workdir)
+    if first:
+        _write(workdir, config, bench.generator(config), result)
+    sharding.wait_for_all("experiment")
+
+
+def _write(workdir, config, generator, result):
     if attacks.find(config.attack).steps:
         images.write_pngs(workdir / "attacked", images.to_uint8(result.seen))
-    about = {"settings": config.to_dict()} | about_run(bench.generator(config))
+    about = {"settings": config.to_dict()} | about_run(generator)
     record = result.metrics | {"reliability": result.reliability} | about
     logs.write_json(workdir / "metrics.json", record)
     images.write_png(workdir / "grid.png", sheet(result.rows))
@@ -91,9 +112,14 @@ class Bench:
     The latest part of each kind is kept: points that need the same should follow one another.
     """
 
-    def __init__(self):
-        """Keep nothing yet."""
-        self._kept = {}
+    def __init__(self, *, together=False):
+        """Keep nothing yet.
+
+        Args:
+            together: several processes measure the same points and share the images out; else each
+                goes its own way.
+        """
+        self._kept, self._together = {}, together
 
     def _keep(self, kind, settings, make):
         """Give the part of a kind, anew where the one kept was made with other settings."""
@@ -111,6 +137,7 @@ class Bench:
         """Give the Design of a config, whose basis is in `workdir`, or will be."""
         key, generator = seeds.key(config.seed, seeds.BASIS), self.generator(config)
         make = partial(design.prepare, key, config, workdir, generator=generator)
+        make = partial(sharding.first_alone, make) if self._together else make
         return self._keep("design", point_settings(config) | {"workdir": str(workdir)}, make)
 
     def marked(self, config, workdir):
@@ -165,7 +192,8 @@ class Bench:
         key = seeds.key(config.seed, seeds.BANK)
         estimator, setup_seconds = design.estimator(key, point, config, make_bank=make_bank)
         start, key = time.monotonic(), seeds.key(config.seed, seeds.ESTIMATE)
-        solution = _estimate(estimator, key, makers, point, seen, config)
+        read = partial(_estimate, estimator, key, makers, point, seen, config)
+        solution = self._spread(read, len(seen))
         return Estimate(solution, time.monotonic() - start, setup_seconds)
 
     def measure(self, config, workdir):
@@ -222,6 +250,10 @@ class Bench:
         rows = {name: np.clip(row[:_COLUMNS], -1.0, 1.0) for name, row in rows.items()}
         return Result(metrics, [dataclasses.asdict(each) for each in bins], seen, rows)
 
+    def _spread(self, function, n):
+        """Call a function of the indices of rows for all n, its results on the host."""
+        return sharding.spread(function, n) if self._together else function(np.arange(n))
+
     def _bank(self, key, generator, *, config, size, metric):
         # The metric follows from these settings too, whatever the directions are.
         names = ("seed", "metric_samples")
@@ -230,20 +262,17 @@ class Bench:
         return self._keep("bank", settings | {"size": size}, make)
 
     def _distances(self, config, point):
-        """Fréchet distances of fresh plain and fingerprinted images to the reference pictures.
-
-        The reference of the demos is the held-out pictures; that of another generator a second set
-        of its own plain images, so that `fd_plain` is then the floor of the distance.
-        """
         n, generator = config.fd_images, point.generator
         settings = design.generator_settings(config) | {"seed": config.seed, "images": n}
-        make = partial(_reference, config, generator)
-        latents, plain, reference, name = self._keep("reference", settings, make)
+        make = partial(quality.reference, generator, n, seed=config.seed, spread=self._spread)
+        reference = self._keep("reference", settings, make)
         bits = _draw_bits(seeds.key(config.seed, seeds.QUALITY_KEYS), n, config.bits)
-        marked = fingerprint.inject(point.space, latents, bits, **point.mark)
-        note = {"features": features.NAME, "reference": name, "images": n}
-        fd = _frechet(config, _features(generator, marked), reference)
-        return {"fd_plain": plain | note, "fd": fd | note}
+        marked = fingerprint.inject(point.space, reference.latents, bits, **point.mark)
+        form = {"seed": config.seed, "spread": self._spread}
+        return {
+            "fd_plain": reference.plain,
+            "fd": quality.distance(generator, marked, reference, **form),
+        }
 
 
 def point_settings(config):
@@ -253,11 +282,8 @@ def point_settings(config):
 
 def about_run(generator):
     """Say what figures rest on besides the settings: versions, and the generator."""
-    names = ("jax", "jaxlib", "flax", "numpy")
-    return {
-        "versions": {name: importlib.metadata.version(name) for name in names},
-        "generator": {"name": generator.name, "sha256": generator.sha256},
-    }
+    about = {"name": generator.name, "sha256": generator.sha256}
+    return {"versions": logs.versions(), "generator": about}
 
 
 def sheet(rows):
@@ -305,61 +331,20 @@ def _make(makers, generator, latents):
     return np.stack([design.decode_one(*each) for each in zip(makers, latents, strict=True)])
 
 
-def _estimate(estimator, key, makers, point, seen, config):
-    """Estimate: of images whose noise is known each with its own, else without noise."""
+def _estimate(estimator, key, makers, point, seen, config, rows):
+    """Estimate of some images: where their noise is known each with its own, else without noise."""
     generator, space, mark = point.generator, point.space, point.mark
     if config.noise == "known":
-        rows = zip(makers, seen, strict=True)
-        found = [inversion.host(estimator(key, maker, space, x[None], **mark)) for maker, x in rows]
+        read = partial(estimator, key, space=space, **mark)
+        found = [inversion.host(read(makers[i], images=seen[i : i + 1], first=i)) for i in rows]
         return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
     if config.noise == "unknown":
         generator = design.quiet(generator)
-    return inversion.host(estimator(key, generator, space, seen, **mark))
-
-
-def _reference(config, generator):
-    """Give latents [n, ...], their plain images' distance, and to what statistics, by name."""
-    n, demo = config.fd_images, generator.name in zoo.BUNDLED
-    draw = partial(basis.sample, seeds.key(config.seed, seeds.QUALITY), generator, n)
-    latents = draw()
-    rows = _features(generator, latents)
-    if demo:
-        reference, name = features.load_reference(), "held-out pictures"
-    else:
-        reference = distances.moments(_features(generator, draw(start=n)))
-        name = "other plain images"
-    return latents, _frechet(config, rows, reference), reference, name
-
-
-def _features(generator, latents):
-    """Features [n, f] of the images of latents, from 8 bits."""
-    classifier, n, parts = features.load_classifier(), len(latents), []
-    with logs.Progress(n, label="distance") as progress:
-        for start in range(0, n, _BATCH):
-            made = images.to_uint8(design.decode(generator, latents[start : start + _BATCH]))
-            parts.append(features.features_in_batches(classifier, _fit(made), batch=_BATCH))
-            progress.update(min(start + _BATCH, n))
-    return np.concatenate(parts)
-
-
-def _frechet(config, rows, reference):
-    key = seeds.key(config.seed, seeds.BOOTSTRAP)
-    distance = distances.frechet_interval(rows, reference, key=key, draws=_DRAWS)
-    return {"value": distance.value, "low": distance.low, "high": distance.high}
+    return inversion.host(estimator(key, generator, space, seen[rows], first=rows[0], **mark))
 
 
 def _draw_bits(key, n, bits):
     return np.asarray(jax.random.bernoulli(key, 0.5, (n, bits)), np.uint8)
-
-
-def _fit(u8):
-    """Bring images to the size and channels the demo's features take."""
-    u8 = np.repeat(u8, 3, axis=-1) if u8.shape[-1] == 1 else u8
-    size = (features.SIZE, features.SIZE)
-    if u8.shape[1:3] == size:
-        return u8
-    resized = jax.image.resize(u8.astype(np.float32), (len(u8), *size, 3), "bilinear")
-    return np.clip(np.round(resized), 0, 255).astype(np.uint8)
 
 
 def _rate(rate, n):

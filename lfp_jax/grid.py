@@ -17,7 +17,7 @@ import time
 import traceback
 from typing import Any
 
-from lfp_jax import attacks, design, experiment, logs
+from lfp_jax import attacks, design, experiment, logs, sharding
 from lfp_jax.cells import Folder
 from lfp_jax.errors import UserError, choose
 from lfp_jax.weights import store
@@ -71,6 +71,7 @@ def run(config, workdir, sweep):
         print(f"Nothing to do: all {len(cells)} cells are in {folder.path}/cells.")
 
     # --- show ----------------------------------------------------------------------------------
+    sharding.wait_for_all("grid")
     print(table(folder.read_all()))
     done, failed = states.count()
     print(f"{done} cells done, {failed} failed: {folder.path}/cells/")

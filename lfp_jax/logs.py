@@ -6,6 +6,7 @@ null.
 """
 
 import collections
+import importlib.metadata
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self, TextIO
 
+import lfp_jax
 from lfp_jax import files
 
 _LINE_SECONDS = 30.0  # between lines where the stream is a file: a log must not fill with them
@@ -52,6 +54,13 @@ def to_text(value: Any) -> str:
 def to_line(value: Any) -> str:
     """Write a value as one line of JSON; takes what `write_json` takes."""
     return json.dumps(_plain(value))
+
+
+def versions() -> dict[str, str]:
+    """Give the versions of the packages that results rest on."""
+    names = ("jax", "jaxlib", "flax", "numpy")
+    others = {name: importlib.metadata.version(name) for name in names}
+    return {"lfp_jax": lfp_jax.__version__, **others}
 
 
 def discard(stream: TextIO) -> None:

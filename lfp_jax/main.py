@@ -46,7 +46,8 @@ Flags:
   --source    convert: the file to read
   --target    convert: the folder to write; generate: that of the images
               (default: WORKDIR/users/NAME)
-  --distributed  train: one of several processes, which the cluster (TPU pod, Slurm) tells apart,
+  --distributed  experiment, grid, attribute, and train of the task estimator: one of several
+              processes on a disk that they share, which the cluster (TPU pod, Slurm) tells apart,
               or --coordinator=HOST:PORT --processes=N --process=I
 
 Exit status: 0 done; 1 something could not be processed; 2 wrong usage, said in one line.
@@ -70,6 +71,7 @@ _TRAINERS = {
     "estimator": "estimator",
     "directions": "directions",
 }
+_SHARED = ("experiment", "grid", "attribute", "estimator")  # modes, and a task of training
 _OWNERSHIP_FLAGS = ("user", "count", "n", "registry", "rate", "pool", "export", "target")
 
 
@@ -128,8 +130,8 @@ def _dispatch(flags, paths) -> int:
         raise UserError(f"--mode={mode} does not fit this config; it is for --mode={expected}.")
     workdir = _workdir(flags)
     if flags.distributed:
-        if task != "estimator":  # any other would do the whole job in each process
-            raise UserError("--distributed is for the task 'estimator' only.")
+        if (task or mode or expected) not in _SHARED:  # each process would do the whole of another
+            raise UserError(f"--distributed is for {', '.join(_SHARED)} only.")
         where = {name: flags[name].value for name in ("coordinator", "processes", "process")}
         importlib.import_module("lfp_jax.sharding").join(**where)
     if task:
@@ -141,7 +143,9 @@ def _dispatch(flags, paths) -> int:
     if mode == "grid":  # its folder may be a bucket's, which Path would spoil
         place = str(flags.workdir or workdir)
         status = importlib.import_module("lfp_jax.grid").run(config, place, options.sweep(flags))
-        return status if "://" in place else max(_report(workdir), status)
+        if "://" in place or not importlib.import_module("lfp_jax.sharding").is_first():
+            return status
+        return max(_report(workdir), status)
     if mode == "plan":
         planner = importlib.import_module("lfp_jax.planner")
         planner.run(config, workdir, pictures=flags.n or planner.PICTURES)

@@ -12,11 +12,8 @@ secret: whoever has a basis can remove or forge marks.
 """
 
 import contextlib
-import dataclasses
 import hashlib
-import importlib.metadata
 import secrets
-import time
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -27,9 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import lfp_jax
 from lfp_jax import (
     basis,
+    court,
     design,
     enrolment,
     files,
@@ -37,28 +34,17 @@ from lfp_jax import (
     generators,
     images,
     keys,
-    seeds,
+    logs,
+    sharding,
 )  # fmt: skip
 from lfp_jax.attribution import inversion, verdict
 from lfp_jax.errors import UserError
 from lfp_jax.generators import stylegan2
-from lfp_jax.logs import Progress
 from lfp_jax.registry import Registry
 from lfp_jax.weights import rosinality
 
 _BATCH = 64  # images made at once
 _AT_ONCE = 8  # images read at once, on each device but a CPU: there each answer comes when it can
-_LEAST_SIDE = 8  # pixels; what is smaller tells nothing
-
-
-@dataclasses.dataclass(frozen=True)
-class _Case:
-    """An image file to be judged."""
-
-    path: str
-    sha256: str
-    size: tuple[int, int]  # width, height of the file
-    pixels: np.ndarray  # uint8 [H, W, C], as the generator would make them
 
 
 def issue(
@@ -152,11 +138,11 @@ def generate(
     with Registry(enrolment.place(workdir, registry)) as ledger:
         number, point, key = enrolment.open_for(user, ledger, config, workdir)
         seed = np.frombuffer(secrets.token_bytes(8), np.uint32)
-        form = {"noise": config.noise, "settings": {"seed": seed.tolist(), **versions()}}
+        form = {"noise": config.noise, "settings": {"seed": seed.tolist(), **logs.versions()}}
         issued = ledger.issue(user, design=number, images=n, **form)
     folder = Path(target or Path(workdir) / "users" / _folder_name(user))
     draw, paths = jax.random.wrap_key_data(jnp.asarray(seed)), []
-    with Progress(n, label="generate") if progress else inversion.Silent() as line:
+    with logs.Progress(n, label="generate") if progress else inversion.Silent() as line:
         for i in range(issued.start, issued.start + n, _BATCH):
             count = min(_BATCH, issued.start + n - i)
             latents = basis.sample(draw, point.generator, count, start=i)
@@ -189,6 +175,8 @@ def attribute(
         pool: at last also tell of all files together, as pictures of one unknown user.
         progress: show a progress line.
 
+    Of several processes each reads its share of the files; process 0 judges, and gets the answers.
+
     Yields:
         A JSON-able dict a file: `verdict` (a user's name or "unknown"), the figures behind it, and
         what they rest on. Of a file that cannot be read only `file` and `error`.
@@ -199,33 +187,28 @@ def attribute(
     """
     enrolment.check(config)
     with contextlib.ExitStack() as stack:
-        place = enrolment.place(workdir, registry)
-        if registry is None and config.get("payload") is not None and not place.exists():
-            point = enrolment.prepare(config, workdir, refit=False)
-            rolls = _Numbers(design.codebook(point.space, config), rate)
-        else:
-            ledger = stack.enter_context(Registry(place))
-            number, point = enrolment.open_design(ledger, config, workdir)
-            rolls = _Users(ledger, number, config, rate)
-        court = _Court(rolls, point, config, rate)
-        files, ratios, digests = images.gather(paths), [], []
-        at_once = 1 if jax.default_backend() == "cpu" else _AT_ONCE * jax.device_count()
-        with Progress(len(files), label="attribute") if progress else inversion.Silent() as line:
-            for start in range(0, len(files), at_once):
-                cases = []
-                for path, problem in files[start : start + at_once]:
-                    try:
-                        cases.append(_read(path, problem, point.generator.image_shape))
-                    except UserError as error:
-                        yield {"file": path, "error": str(error)}
-                for case, llr, figures in court.estimate(cases):
-                    ratios.append(llr)
-                    digests.append(case.sha256)
-                    yield court.say(llr, case.sha256, file=case.path, **figures)
-                line.update(min(start + at_once, len(files)))
+        point, rolls = court.open_keys(stack, config, workdir, registry, rate)
+        reader, files = court.Reader(point, config), images.gather(paths)
+        judge = None if rolls is None else court.Court(rolls, point, config, rate)
+        at_once = 1 if jax.default_backend() == "cpu" else _AT_ONCE * jax.local_device_count()
+        ratios, digests, all_at_once = [], [], at_once * jax.process_count()
+        bar = logs.Progress(len(files), label="attribute") if progress else inversion.Silent()
+        with bar as line:
+            for start in range(0, len(files), all_at_once):
+                own = start + at_once * jax.process_index()
+                found = sharding.gather(list(reader.read(files[own : own + at_once])))
+                for case in found if judge else ():
+                    if "error" not in case:
+                        ratios.append(case.pop("llr"))
+                        digests.append(case["image_sha256"])
+                        case = judge.say(ratios[-1], **case)
+                    yield case
+                line.update(min(start + all_at_once, len(files)))
         if pool and ratios:
             together = hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
-            yield court.say(verdict.pool(ratios), together, file=None, pooled=len(ratios))
+            figures = {"image_sha256": together, "pooled": len(ratios)}
+            yield judge.say(verdict.pool(ratios), file=None, **figures)
+    sharding.wait_for_all("attribute")
 
 
 def export(
@@ -285,130 +268,6 @@ def _write_program(target, data):
     written = {"program": str(Path(target) / "generator.jax")}
     files.write(written["program"], data)
     return written
-
-
-class _Users:
-    """The keys of a registry."""
-
-    def __init__(self, ledger, number, config, rate):
-        packed = ledger.packed_keys(design=number)
-        if not len(packed.ids):
-            raise UserError("No user has a key of this design point: --mode=issue --user=NAME.")
-        form = {"bits": config.bits, "code": config.code}
-        keys.check_capacity(users=len(packed.ids), rate=rate, **form)
-        self._ledger, self._number, self._ids = ledger, number, packed.ids
-        users, decoys = verdict.index(packed.packed, bits=config.bits), verdict.draw_decoys(**form)
-        options = {"rate": rate, "code": config.code, "decoys": decoys}
-        self.judge = partial(verdict.judge, users=users, **options)
-
-    def __len__(self):
-        return len(self._ids)
-
-    def name(self, row):
-        """Give the user whose key stands in a row."""
-        return self._ledger.key_by_id(int(self._ids[row])).user
-
-    def record(self, row, **entry):
-        """Enter a verdict in the registry."""
-        named = None if row is None else int(self._ids[row])
-        self._ledger.record_verdict(design=self._number, key_id=named, **entry)
-
-
-class _Numbers:
-    """The keys of all numbers, without a registry."""
-
-    def __init__(self, book, rate):
-        self._book, self.judge = book, partial(book.read, rate=rate)
-
-    def __len__(self):
-        return 2**self._book.payload
-
-    def name(self, row):
-        """Name a number."""
-        return f"number {row}"
-
-    def record(self, row, **entry):
-        """Keep nothing: there is no registry."""
-
-
-class _Court:
-    """What is the same for all files: the estimator, and the keys to compare."""
-
-    def __init__(self, rolls, point, config, rate):
-        self._rolls = rolls
-        bound, _ = design.estimator(seeds.key(config.seed, seeds.BANK), point, config)
-        options = {"space": point.space, **point.mark, "progress": False}
-        generator = design.quiet(point.generator) if config.noise == "unknown" else point.generator
-        key = seeds.key(config.seed, seeds.ESTIMATE)
-        self._estimate = partial(bound, key, generator, **options)
-        self._basis = {
-            "estimator": config.estimator,
-            "rate": rate,
-            "users": len(rolls),
-            "generator": {"name": point.generator.name, "sha256": point.generator.sha256},
-            "basis_sha256": design.digest(point.space),
-            "versions": versions(),
-        }
-
-    def estimate(self, cases):
-        """Give of each case its log-likelihood ratios [k], and figures of the estimate."""
-        if not cases:
-            return
-        start = time.monotonic()
-        pixels = images.from_uint8(np.stack([case.pixels for case in cases]))
-        solution = inversion.host(self._estimate(images=pixels))
-        seconds = (time.monotonic() - start) / len(cases)
-        ratios = verdict.ratios(solution.soft_bits)
-        for i, case in enumerate(cases):
-            height, width = case.pixels.shape[:2]
-            figures = {
-                "size": list(case.size),
-                "resized_to": None if case.size == (width, height) else [width, height],
-                "residual": round(float(solution.residual[i]), 5),
-                "evaluations": int(solution.evaluations[i]),
-                "seconds": round(seconds, 2),
-            }
-            yield case, ratios[i], figures
-
-    def say(self, llr, digest, **figures):
-        """Judge ratios [k], have the verdict recorded, and put it in words and figures."""
-        found = self._rolls.judge(llr)
-        numbers = {
-            "p_value": found.p_value,
-            "threshold": found.threshold,
-            "agreeing": found.agreeing,
-            "soft_score": found.soft_score,
-        }
-        self._rolls.record(found.user, image_sha256=digest, users=found.users, **numbers)
-        user = None if found.user is None else self._rolls.name(found.user)
-        answer = {"file": figures.pop("file"), "verdict": user or "unknown", "user": user}
-        answer |= numbers | {"bits": found.bits, "runner_up": self._name(found.runner_up)}
-        return answer | figures | {"image_sha256": digest} | self._basis
-
-    def _name(self, match):
-        if match is None:
-            return None
-        user = self._rolls.name(match.user)
-        return {"user": user, "p_value": match.p_value, "agreeing": match.agreeing}
-
-
-def versions() -> dict[str, str]:
-    """Give the versions of what an answer rests on."""
-    others = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
-    return {"lfp_jax": lfp_jax.__version__, **others}
-
-
-def _read(path, problem, shape):
-    if problem:
-        raise UserError(problem)
-    pixels, sha256 = images.read_hashed(path)
-    height, width = pixels.shape[:2]
-    if min(height, width) < _LEAST_SIDE:
-        raise UserError(
-            f"'{path}' has {width} x {height} pixels, too few to tell anything; at least "
-            f"{_LEAST_SIDE} a side are needed."
-        )
-    return _Case(path, sha256, (width, height), images.fit(pixels, shape))
 
 
 def _decode(key, generator, latents, noise, start):

@@ -285,9 +285,7 @@ def test_two_processes_of_two_devices_equal_one(
     assert statuses == [0, 0], said
     np.testing.assert_allclose(_losses(tmp_path), _losses(single), rtol=1e-5)
     assert len(_losses(tmp_path)) == 5
-    assert "in one process to write" in said[0] and "in one process" not in said[1]
-    # The checkpoint does not depend on the split either: one process ends what two began.
-    assert main.main(["lfp_jax", *_flags(pytestconfig, stored, tmp_path)]) == 0
+    assert "Estimator after" in said[0] and "Estimator after" not in said[1]
     mine, theirs = (store.load(str(path / "estimator"))[0] for path in (tmp_path, single))
     jax.tree.map(partial(np.testing.assert_allclose, atol=2e-3), mine, theirs)
 

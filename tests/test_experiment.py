@@ -126,7 +126,7 @@ def test_random_synthesis_noise_is_each_images_own_and_left_out_where_unknown():
         makers = experiment._makers(jax.random.key(1), generator, config)
         made = experiment._make(makers, generator, latents)
         assert np.std(made[0] - made[1]) > 0.01
-        found = experiment._estimate(estimator, None, makers, point, made, config)
+        found = experiment._estimate(estimator, None, makers, point, made, config, np.arange(3))
         assert found.soft_bits.shape == (3, 2)
     *known, unknown = seen
     for i, (maker, one) in enumerate(known):

@@ -12,7 +12,7 @@ import pytest
 from grid_stand_in import StandIn, run
 
 from configs import stylegan2_grid
-from lfp_jax import basis, cells, design, experiment, grid, images, main
+from lfp_jax import basis, cells, design, experiment, grid, images, main, quality
 from lfp_jax.attribution import bank
 from lfp_jax.errors import UserError
 from lfp_jax.report import results
@@ -287,8 +287,8 @@ def real(tmp_path_factory, quick_compilation):
         count(patch, basis, "measure_generator")
         count(patch, bank, "make_bank")
         count(patch, experiment, "_plain")
-        count(patch, experiment, "_reference")
-        count(patch, experiment, "_frechet")
+        count(patch, quality, "reference")
+        count(patch, quality.distances, "frechet_interval")
         argv = ["main", "--mode=grid", f"--config={CONFIG}", f"--workdir={workdir}"]
         assert main.main(argv) == 0
     return workdir, calls
@@ -297,8 +297,8 @@ def real(tmp_path_factory, quick_compilation):
 def test_what_is_dear_is_made_once(real):
     workdir, calls = real
     assert calls == {
-        "load_generator": 1, "measure_generator": 1, "make_bank": 1, "_plain": 1, "_reference": 1,
-        "_frechet": 1 + 2,  # plain images, and those of two design points
+        "load_generator": 1, "measure_generator": 1, "make_bank": 1, "_plain": 1, "reference": 1,
+        "frechet_interval": 1 + 2,  # plain images, and those of two design points
     }  # fmt: skip
     assert len(list((workdir / "bases").iterdir())) == 1
 

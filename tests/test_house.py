@@ -17,8 +17,8 @@ CONFIGS = [
 ORDER = [
     "images", "weights", "generators", "sensitivity", "basis", "fingerprint", "keys", "shallow",
     "registry", "attacks", "metrics", "attribution", "payload", "adversary", "report", "training",
-    "design", "enrolment", "ownership", "desk", "planner", "experiment", "cells", "grid",
-    "options", "main",
+    "design", "quality", "enrolment", "court", "ownership", "desk", "planner", "experiment",
+    "cells", "grid", "options", "main",
 ]  # fmt: skip
 LEAVES = {
     "errors",
@@ -29,7 +29,8 @@ LEAVES = {
 }  # imported by all, and import one another only
 DISK = {"files", "weights", "images", "registry", "logs", "report", "training.data", "cells"}
 SEE_CONFIGS = {
-    "design", "enrolment", "ownership", "desk", "planner", "experiment", "grid", "options", "main",
+    "design", "enrolment", "court", "ownership", "desk", "planner", "experiment", "grid",
+    "options", "main",
 }  # fmt: skip
 
 # Options that the stable names of the design let callers give by position.

@@ -105,14 +105,13 @@ def test_a_wrong_call_is_told_its_usage(command, says):
 # --- a pod on this machine ------------------------------------------------------------------------
 
 
-def test_local_pod_starts_n_processes_that_meet_at_one_port_then_one_alone():
-    *parts, wait, alone = _printed(LAUNCH / "local_pod.sh", "--dry_run", 3, TRAIN, PORT="4321")
+def test_local_pod_starts_n_processes_that_meet_at_one_port():
+    *parts, wait = _printed(LAUNCH / "local_pod.sh", "--dry_run", 3, TRAIN, PORT="4321")
     assert wait == ["wait"]
-    assert alone == ["JAX_PLATFORMS=cpu", "python3", "-m", "lfp_jax.main", TRAIN]
     for i, part in enumerate(parts):
         assert part[:-1] == [
-            *alone, "--distributed", "--coordinator=localhost:4321", "--processes=3",
-            f"--process={i}",
+            "JAX_PLATFORMS=cpu", "python3", "-m", "lfp_jax.main", TRAIN, "--distributed",
+            "--coordinator=localhost:4321", "--processes=3", f"--process={i}",
         ]  # fmt: skip
         assert part[-1] == "&"
         flags, _ = options.parse(["lfp_jax", *part[4:-1]])
@@ -128,15 +127,6 @@ def test_local_pod_ends_with_the_first_process_that_fails(stand_in, tmp_path):
     assert done.returncode == 1
     assert "process 1 of 2 failed with status 3" in done.stderr
     assert "[1] lost" in done.stdout
-    # None went on alone to write what was not trained.
-    assert all("--distributed" in call for call in _calls(tmp_path))
-
-
-def test_local_pod_writes_at_last_in_one_process(stand_in, tmp_path):
-    environment = stand_in("python")
-    done = _run(LAUNCH / "local_pod.sh", 2, "--config=x", PORT="1", PYTHON="python", **environment)
-    assert done.returncode == 0, done.stderr
-    assert _calls(tmp_path)[2:] == ["python -m lfp_jax.main --config=x"]
 
 
 @pytest.mark.slow
@@ -179,16 +169,12 @@ def test_tpu_dry_run_says_every_step_and_asks_nothing(stand_in, tmp_path):
     assert install[-2].endswith("lfp/launch/tpu_worker.sh install 10.0.0.2:/vol1")
     assert "--spot" not in _printed(*dry, "up", **environment)[0]
 
-    start, follow, write = _printed(*dry, "run", TRAIN, "--config.begin=a b", **environment)
-    assert [each[4:7] for each in (start, follow, write)] == [
-        ["ssh", "pod", f"--worker={which}"] for which in ("all", "all", "0")
-    ]
-    for command, flags in ((start[7], True), (write[7], False)):
-        words = shlex.split(command.partition("=")[2])
-        given = words[words.index(TRAIN) :]
-        parsed, _ = options.parse(["lfp_jax", *given])
-        assert parsed.config.begin == "a b"
-        assert (parsed.workdir, parsed.distributed) == ("/mnt/lfp/pod", flags)
+    start, follow = _printed(*dry, "run", TRAIN, "--config.begin=a b", **environment)
+    assert start[4:7] == follow[4:7] == ["ssh", "pod", "--worker=all"]
+    words = shlex.split(start[7].partition("=")[2])
+    parsed, _ = options.parse(["lfp_jax", *words[words.index(TRAIN) :]])
+    assert parsed.config.begin == "a b"
+    assert (parsed.workdir, parsed.distributed) == ("/mnt/lfp/pod", True)
 
     [_, fetch] = _printed(*dry, "fetch", **environment)
     assert fetch[4:8] == ["scp", "--recurse", "pod:/mnt/lfp/pod", "runs/"]
@@ -230,12 +216,11 @@ def test_tpu_run_goes_on_after_a_preemption(stand_in, tmp_path):
     calls = _calls(tmp_path)
     did = [call.split()[4] for call in calls if call.startswith("gcloud")]
     lost = ["ssh", "ssh", "describe", "describe", "delete", "create"]
-    assert did == [*lost, "describe", "create", "scp", "ssh", "ssh", "ssh", "ssh"]
+    assert did == [*lost, "describe", "create", "scp", "ssh", "ssh", "ssh"]
     assert "sleep 300" in calls
     starts = [call for call in calls if "tpu_worker.sh start" in call]
     assert len(starts) == 2
     assert starts[0] == starts[1]
-    assert "JAX_PLATFORMS=cpu" in calls[-1]
 
 
 def test_tpu_run_that_fails_on_a_sound_slice_is_not_tried_again(stand_in, tmp_path):
@@ -363,9 +348,9 @@ def test_the_jobset_has_the_fields_of_its_schema(manifest):
                _HEAD | {"spec": _JOBSET}, "JobSet")  # fmt: skip
 
 
-def test_the_jobset_trains_with_as_many_processes_as_pods_then_writes_with_one(manifest):
+def test_the_jobset_trains_with_as_many_processes_as_pods(manifest):
     jobset = manifest[1]
-    train, write = jobset["spec"]["replicatedJobs"]
+    [train] = jobset["spec"]["replicatedJobs"]
     spec = train["template"]["spec"]
     [container] = spec["template"]["spec"]["containers"]
     [variable] = container["env"]
@@ -377,12 +362,6 @@ def test_the_jobset_trains_with_as_many_processes_as_pods_then_writes_with_one(m
     # The name of the first pod: <set>-<job>-<index of the job>-<index of the pod>.<set>
     host = f"{jobset['metadata']['name']}-{train['name']}-0-0.{jobset['metadata']['name']}"
     assert flags.coordinator.rpartition(":")[0] == host
-
-    assert write["dependsOn"] == [{"name": train["name"], "status": "Complete"}]
-    [container] = write["template"]["spec"]["template"]["spec"]["containers"]
-    alone, _ = options.parse(["lfp_jax", *container["args"]])
-    assert (alone.workdir, alone.distributed) == (flags.workdir, False)
-    assert alone.config == flags.config
 
 
 def test_the_image_is_made_of_what_is_there():

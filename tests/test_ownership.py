@@ -125,7 +125,7 @@ def test_every_picture_is_its_users_and_a_plain_one_nobodys(workdir, made, point
         assert answer["runner_up"]["user"] != answer["user"]
         assert (answer["size"], answer["resized_to"], answer["estimator"]) == ([32, 32], None, "lm")
         assert {"soft_score", "residual", "seconds", "evaluations", "basis_sha256"} <= set(answer)
-        assert {"lfp_jax", "jax", "jaxlib", "numpy"} == set(answer["versions"])
+        assert {"lfp_jax", "jax", "jaxlib", "flax", "numpy"} == set(answer["versions"])
         assert answer["generator"]["sha256"] == point.generator.sha256
     assert answers[4]["user"] is None
 

@@ -23,7 +23,7 @@ def _answer(generator, images):
     return w, residual(generator, w, images)
 
 
-def encoder(key, generator, space, images, *, strength, code, batch=64, progress=True):
+def encoder(key, generator, space, images, *, strength, code, batch=64, first=0, progress=True):
     """Estimate keys by encoding the images and reading their latents.
 
     A bit that was sent as +-1 arrives as b with some error, whose variance the bits of an image
@@ -31,7 +31,7 @@ def encoder(key, generator, space, images, *, strength, code, batch=64, progress
     are as large as the bit.
 
     Args:
-        key: not used; every estimator takes one.
+        key, first: not used; every estimator takes them.
         generator: a frozen generator with an encoder.
         space: carrier, nuisance and mean.
         images: [n, H, W, C] in [-1, 1], already through 8 bits.
@@ -46,7 +46,7 @@ def encoder(key, generator, space, images, *, strength, code, batch=64, progress
         UserError: a generator without an encoder, images of another shape than it makes, or batch
             below 1.
     """
-    del key
+    del key, first
     if not has_encoder(generator):
         raise UserError(f"'{generator.name}' has no encoder; take another estimator, such as 'lm'.")
     check(generator, images, batch=batch)

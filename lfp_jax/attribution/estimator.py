@@ -248,12 +248,12 @@ def _answer(estimator, generator, space, images):
 
 
 def learned(
-    key, generator, space, images, *, estimator, strength, code, batch=64, progress=True
+    key, generator, space, images, *, estimator, strength, code, batch=64, first=0, progress=True
 ):  # fmt: skip
     """Estimate keys by a trained network.
 
     Args:
-        key: not used; every estimator takes one.
+        key, first: not used; every estimator takes them.
         generator: a frozen generator.
         space: carrier, nuisance and mean.
         images: [n, H, W, C] in [-1, 1], already through 8 bits.
@@ -271,7 +271,7 @@ def learned(
         UserError: images of another shape than the generator's, batch below 1, or an estimator
             trained for another generator or design point.
     """
-    del key
+    del key, first
     check(generator, images, batch=batch)
     check_design(estimator, generator, space, strength=strength, code=code)
     images, n, parts = np.asarray(images, np.float32), len(images), []

@@ -128,6 +128,7 @@ def adam(
     learning_rate=0.2,
     decay=0.001,
     penalty=0.1,
+    first=0,
     progress=True,
 ):
     """Estimate keys with the paper's gradient descent, all images and starts in one program.
@@ -141,6 +142,7 @@ def adam(
         loss: a `metrics.perceptual.Loss`.
         starts, steps, learning_rate, decay, penalty: the paper's 20, 2000, 0.2, 0.001, 0.1
             (0.005 for latent diffusion).
+        first: global index of the first image, from which what is drawn follows.
         progress: show a progress line.
 
     Returns:
@@ -153,7 +155,7 @@ def adam(
     check(generator, images, starts=starts, steps=steps)
     n, bits = len(images), space.carrier.shape[1]
     prepared = _prepare(loss, images)
-    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(n))
+    keys = jax.vmap(partial(jax.random.fold_in, key))(first + jnp.arange(n))
     cube = jax.vmap(lambda k: latin_hypercube(k, starts, space.nuisance.shape[1]))(keys)
     alpha = (cube * space.nuisance_stddev[None, None]).reshape(n * starts, -1)
     unknowns = (alpha, jnp.zeros((n * starts, bits)))

@@ -218,6 +218,7 @@ def lm(
     chords=12,
     starts=4,
     batch=None,
+    first=0,
     progress=True,
 ):
     """Estimate keys by Levenberg-Marquardt from what a bank guesses.
@@ -245,6 +246,7 @@ def lm(
         starts: guesses of the bank to start from, at most.
         batch: images in one program, whose Jacobians are in memory at once; a multiple of the
             devices, over which they are split. None: 8 a device, on CPU 1.
+        first: global index of the first image, from which what is drawn follows.
         progress: show a progress line.
 
     Returns:
@@ -254,7 +256,8 @@ def lm(
         UserError: images of another shape than the generator's, or an option out of bounds.
     """
     del key
-    images, mesh = np.asarray(images, np.float32), sharding.mesh()
+    images = np.asarray(images, np.float32)
+    mesh = sharding.mesh(devices=jax.local_devices())  # of several processes each has its images
     if batch is None:
         batch = mesh.size * (1 if jax.default_backend() == "cpu" else _AT_ONCE)
     check(generator, images, starts=starts, jacobians=jacobians, chords=chords, batch=batch)
@@ -275,7 +278,9 @@ def lm(
     def begin(i):
         return _Search(*likely(generator, frame, bank, unknowns, i, images[i], theta[i], starts))
 
-    step = partial(_advance, mesh, generator, frame, plan=plan, batch=batch, chords=chords)
+    step = partial(
+        _advance, mesh, generator, frame, plan=plan, batch=batch, chords=chords, first=first
+    )
     news = partial(_news, frame, plan, len(ranks), images[0].size)
     with Progress(len(images), label="lm") if progress else Silent() as line:
         searches = _run(len(images), begin, step, news, line, batch=batch)
@@ -338,7 +343,7 @@ def _run(count, begin, step, news, line, *, batch):
     return searches
 
 
-def _advance(mesh, generator, frame, descents, *, plan, batch, chords):
+def _advance(mesh, generator, frame, descents, *, plan, batch, chords, first):
     """Take descents that are at one stage through it; give what each cost."""
     rows = [*descents, *descents[-1:] * (batch - len(descents))]  # one shape, one compilation
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *[(d.view, d.theta) for d in rows])
@@ -348,7 +353,8 @@ def _advance(mesh, generator, frame, descents, *, plan, batch, chords):
     for descent, theta, *bits, rms, structure in zip(
         descents, *jax.device_get(found), strict=False
     ):
-        descent.theta, descent.soft = theta, decoding.soft_bits(descent.image, *bits)
+        descent.theta = theta
+        descent.soft = decoding.soft_bits(first + descent.image, *bits)
         descent.before, descent.rms = descent.rms, float(rms)
         descent.structure = float(structure)
         descent.stage += 1

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import scipy.linalg
 import scipy.special
-from jax.experimental import multihost_utils
 
+from lfp_jax import sharding
 from lfp_jax.errors import UserError
 
 
@@ -96,12 +96,8 @@ def merge_processes(own: Statistics) -> Statistics:
     Args:
         own: of this process's share of the images; it may be empty.
     """
-    if jax.process_count() == 1:
-        return own
     flat = np.concatenate([[own.count], own.mean, own.scatter.ravel()]).astype(np.float64)
-    # As pairs of 32 bits: on the way JAX would round 64 bits to 32.
-    gathered = np.asarray(multihost_utils.process_allgather(flat.view(np.uint32)))
-    rows = np.ascontiguousarray(gathered.reshape(jax.process_count(), -1)).view(np.float64)
+    rows = sharding.stack(flat[None])
     f = own.mean.size
     return merge(*(Statistics(int(r[0]), r[1 : f + 1], r[f + 1 :].reshape(f, f)) for r in rows))
 

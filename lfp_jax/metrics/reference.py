@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from lfp_jax import images as image_files
+from lfp_jax import sharding
 from lfp_jax.errors import UserError
 from lfp_jax.logs import Progress
 from lfp_jax.metrics import distances, features, inception
@@ -84,7 +84,8 @@ def _of_folder(folder, model, network, batch):
     if len(paths) < 2:
         raise UserError(f"A reference needs at least 2 images; '{folder}' holds {len(paths)}.")
     kept = downloads.cache_folder("statistics", f"{_key(paths, model, network)}.npz")
-    if _everywhere(os.path.isfile(kept)):
+    # All or none: were they to differ, some would wait for ever.
+    if all(sharding.gather([os.path.isfile(kept)])):
         mean, covariance, count = files.read(kept)
         return Reference(mean, covariance, count, folder)
     own = paths[jax.process_index() :: jax.process_count()]
@@ -93,13 +94,6 @@ def _of_folder(folder, model, network, batch):
     mean, covariance = total.moments
     files.write(kept, mean=mean, covariance=covariance, count=total.count)
     return Reference(mean, covariance, total.count, folder)
-
-
-def _everywhere(flag):
-    """Tell whether all processes say yes: were they to differ, some would wait for ever."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(np.all(multihost_utils.process_allgather(np.int32(flag))))
 
 
 def _key(paths, model, network):

@@ -56,8 +56,8 @@ def train(
     """Train an estimator on pairs drawn from a generator; goes on where an earlier run stopped.
 
     With `total_pairs` at or below what the latest checkpoint has seen, no step is made and the log
-    is left alone: the checkpoint is only measured and written as a store. Several processes train
-    and leave a checkpoint on a disk that they share; one process then writes the store.
+    is left alone: the checkpoint is only measured and written as a store. Several processes need a
+    disk that they share, for all write into a checkpoint.
 
     Args:
         workdir: gets checkpoints/, log.jsonl (losses are means since the line before) and, at the
@@ -83,7 +83,7 @@ def train(
         devices: default all devices of all processes.
 
     Returns:
-        The averaged estimator, as stored (in float32 where there is no store yet).
+        The averaged estimator, as stored.
 
     Raises:
         UserError: a setting out of bounds, a batch that does not divide by the devices, or an
@@ -122,7 +122,7 @@ def train(
     if start:
         state = store.restore_step(manager, start, like=state)
     source, space, kind = sharding.replicate(mesh, (source, space, estimator.replace(params=None)))
-    first = jax.process_index() == 0  # of several processes one writes and speaks
+    first = sharding.is_first()  # of several processes one writes and speaks
     log = MetricLog(os.path.join(workdir, "log.jsonl")) if first else None
     take_step = training.make_step(mesh=mesh, hyper=hyper)
     evaluate = training.make_evaluation(mesh=mesh, batch=batch, chain=chain)
@@ -160,10 +160,6 @@ def train(
     manager.close()
 
     # --- what ships ------------------------------------------------------------------------------
-    if jax.process_count() > 1:  # a store is written by all processes of a program, or by none
-        if first:
-            print("Run the same command in one process to write the estimator.")
-        return estimator.replace(params=jax.device_get(state.average))
     params = jax.tree.map(lambda x: np.float32(np.float16(x)), jax.device_get(state.average))
     found = measure(sharding.replicate(mesh, params))
     estimator = estimator.replace(params=params)
@@ -171,6 +167,7 @@ def train(
         if start < steps:
             log.write(done, pairs=done * batch, fresh=found)
         _write(workdir, estimator, found, pairs=done * batch, attacks=attacks, seed=seed)
+    sharding.wait_for_all("estimator")
     return estimator
 
 

@@ -18,6 +18,8 @@ _ARRAYS = "arrays"
 def save(path, tree, metadata):
     """Write a pytree of arrays and a JSON-able dict as one folder, atomically.
 
+    Of several processes only 0 may: of any other Orbax would keep no NumPy array, and say nothing.
+
     Args:
         path: the folder to make; one that exists is replaced only when the new one is whole.
         tree: nested dicts, lists and arrays.
@@ -26,12 +28,13 @@ def save(path, tree, metadata):
     Raises:
         OSError: the folder cannot be written.
     """
+    assert jax.process_index() == 0
     path = os.path.abspath(path)
     temporary, old = f"{path}.tmp{os.getpid()}", f"{path}.old{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     os.makedirs(temporary)
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             checkpointer.save(os.path.join(temporary, _ARRAYS), jax.tree.map(np.asarray, tree))
         with open(os.path.join(temporary, _METADATA), "w", encoding="utf-8") as file:
             json.dump(metadata, file, indent=1)
@@ -70,7 +73,7 @@ def load(path):
         with open(os.path.join(path, _METADATA), encoding="utf-8") as file:
             metadata = json.load(file)
         arrays = os.path.abspath(os.path.join(path, _ARRAYS))
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             structure = checkpointer.metadata(arrays).item_metadata.tree
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
             tree = checkpointer.restore(arrays, restore_args=as_numpy)
@@ -80,6 +83,16 @@ def load(path):
     if not isinstance(metadata, dict):
         raise UserError(f"The weight store '{path}' is damaged: {_METADATA} holds no object.")
     return tree, metadata
+
+
+def _checkpointer():
+    """Open a checkpointer that waits for no other process."""
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def checkpoints(directory, *, keep=2):
