@@ -25,6 +25,8 @@ def parse_arg(arg: str, **defaults: Any) -> SimpleNamespace:
     for part in filter(None, (part.strip() for part in (arg or "").split(","))):
         name, _, text = part.partition("=")
         if name not in defaults:
+            if not defaults:
+                raise UserError(f"This config has no switches; got '{name}'.")
             raise UserError(did_you_mean(name, defaults, "config switch"))
         kind = type(defaults[name])
         try:
