@@ -35,6 +35,8 @@ def test_parse_arg_reads_flags_and_values():
 def test_parse_arg_says_what_is_wrong(arg, says):
     with pytest.raises(UserError, match=says):
         parse_arg(arg, tiny=False, strength=1.0)
+    with pytest.raises(UserError, match="has no switches; got 'tiny'"):
+        parse_arg("tiny")
 
 
 @pytest.mark.parametrize("name", NAMES)
