@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export
+from jax.typing import ArrayLike
 
 from lfp_jax.basis import Space
 from lfp_jax.errors import UserError, choose
@@ -29,7 +30,7 @@ _einsum = partial(jnp.einsum, precision="highest")
 _jit = partial(jax.jit, static_argnames=("code",))
 
 
-def code(bits: jax.Array, *, form: str) -> jax.Array:
+def code(bits: ArrayLike, *, form: str) -> jax.Array:
     """Turn bits into steps along the carrier.
 
     Args:

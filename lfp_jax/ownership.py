@@ -202,7 +202,7 @@ def attribute(
         place = enrolment.place(workdir, registry)
         if registry is None and config.get("payload") is not None and not place.exists():
             point = enrolment.prepare(config, workdir, refit=False)
-            rolls = _Numbers(design.codebook(point.space, config), rate)
+            rolls: _Numbers | _Users = _Numbers(design.codebook(point.space, config), rate)
         else:
             ledger = stack.enter_context(Registry(place))
             number, point = enrolment.open_design(ledger, config, workdir)
@@ -225,7 +225,7 @@ def attribute(
                 line.update(min(start + at_once, len(files)))
         if pool and ratios:
             together = hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
-            yield court.say(verdict.pool(ratios), together, file=None, pooled=len(ratios))
+            yield court.say(verdict.pool(np.stack(ratios)), together, file=None, pooled=len(ratios))
 
 
 def export(

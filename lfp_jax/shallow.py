@@ -104,8 +104,8 @@ def mark(keys: Keys, images: np.ndarray, user: np.ndarray, *, strength: float) -
     Returns:
         float32 of the same shape, not clipped.
     """
-    images = jnp.asarray(images, jnp.float32)
-    return images + strength * keys.directions[jnp.asarray(user)].reshape(images.shape)
+    plain = jnp.asarray(images, jnp.float32)
+    return plain + strength * keys.directions[jnp.asarray(user)].reshape(plain.shape)
 
 
 def scores(keys: Keys, images: np.ndarray) -> tuple[jax.Array, jax.Array]:

@@ -4,6 +4,8 @@ All feature maps are NHWC, kernels HWIO; 1 x 1 convolutions are matrices [in, ou
 float32; `dtype` is the compute type, and normalisation is float32 in any case.
 """
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -105,16 +107,16 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, emb=None):
-        norm = {"groups": self.groups, "eps": self.eps}
-        h = nn.silu(GroupNorm(name="norm0", **norm)(x))
+        norm = partial(GroupNorm, groups=self.groups, eps=self.eps)
+        h = nn.silu(norm(name="norm0")(x))
         if self.resample:
             change = {"up": grow, "down": shrink}[self.resample]
             h, x = change(h), change(x)
         h = Conv(self.features, dtype=self.dtype, name="conv0")(h)
         if emb is None:
-            h = GroupNorm(name="norm1", **norm)(h)
+            h = norm(name="norm1")(h)
         else:
-            h = self._tell(h, nn.silu(emb), GroupNorm(name="norm1", **norm))
+            h = self._tell(h, nn.silu(emb), norm(name="norm1"))
         h = Conv(self.features, dtype=self.dtype, name="conv1")(nn.silu(h))
         if x.shape[-1] != self.features:
             x = Dense(self.features, dtype=self.dtype, name="skip")(x)

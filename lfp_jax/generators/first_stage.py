@@ -6,6 +6,7 @@ diffusers' `VQModel` and `AutoencoderKL`. Group norms have eps 1e-6.
 """
 
 import dataclasses
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -96,11 +97,11 @@ class _Middle(nn.Module):
     @nn.compact
     def __call__(self, x):
         features = x.shape[-1]
-        make = {"groups": self.arch.groups, "dtype": self.dtype}
-        x = ResBlock(features, name="block0", **make)(x)
+        block = partial(ResBlock, features, groups=self.arch.groups, dtype=self.dtype)
+        x = block(name="block0")(x)
         if self.arch.middle_attention:
             x = _attention(self.arch, features, self.dtype, "attn")(x)
-        return ResBlock(features, name="block1", **make)(x)
+        return block(name="block1")(x)
 
 
 def _attention(arch, features, dtype, name):

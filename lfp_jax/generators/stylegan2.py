@@ -184,14 +184,17 @@ class SynthesisBlock(nn.Module):
     @nn.compact
     def __call__(self, x, image, ws, noise):
         first = image is None
-        options = {"clamp": self.arch.clamp, "dtype": self.dtype}
-        make = dict(fir=self.arch.fir, trainable=self.trainable, **options)
+        arch = self.arch
+        conv = partial(
+            ModulatedConv, self.features, fir=arch.fir, clamp=arch.clamp, trainable=self.trainable,
+            dtype=self.dtype,
+        )  # fmt: skip
         names = ("conv1",) if first else ("conv0", "conv1")
         for i, name in enumerate(names):
-            module = ModulatedConv(self.features, up=name == "conv0", name=name, **make)
-            x = module(x, ws[:, i], noise[i])
-        rgb = ToRGB(self.arch.image_channels, name="torgb", **options)(x, ws[:, len(names)])
-        return x, rgb if first else layers.upsample(image, self.arch.fir) + rgb
+            x = conv(up=name == "conv0", name=name)(x, ws[:, i], noise[i])
+        to_rgb = ToRGB(arch.image_channels, clamp=arch.clamp, dtype=self.dtype, name="torgb")
+        rgb = to_rgb(x, ws[:, len(names)])
+        return x, rgb if first else layers.upsample(image, arch.fir) + rgb
 
 
 class Synthesis(nn.Module):
@@ -226,10 +229,10 @@ class DiscriminatorBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        make = {"fir": self.fir, "clamp": self.clamp}
+        conv = partial(_Conv, fir=self.fir, clamp=self.clamp)
         skip = _Skip(self.features, self.fir, name="skip")
-        conv0 = _Conv(x.shape[-1], name="conv0", **make)
-        conv1 = _Conv(self.features, down=True, gain=0.5**0.5, name="conv1", **make)
+        conv0 = conv(x.shape[-1], name="conv0")
+        conv1 = conv(self.features, down=True, gain=0.5**0.5, name="conv1")
         return conv1(conv0(x)) + skip(x) * 0.5**0.5
 
 
@@ -298,11 +301,11 @@ class ResnetDiscriminator(nn.Module):
     @nn.compact
     def __call__(self, images, label=None):
         arch = self.arch
-        make = {"clamp": arch.clamp}
-        x = _Conv(arch.channels[-1], size=1, name="fromrgb", **make)(images)
+        x = _Conv(arch.channels[-1], size=1, clamp=arch.clamp, name="fromrgb")(images)
         for i in range(len(arch.channels) - 1, 0, -1):
             features = arch.channels[i - 1]
-            x = DiscriminatorBlock(features, fir=arch.fir, name=f"b{4 * 2**i}", **make)(x)
+            block = DiscriminatorBlock(features, arch.fir, arch.clamp, name=f"b{4 * 2**i}")
+            x = block(x)
         x = _Epilogue(arch, name="b4")(x)
         if arch.label_dim:
             cmap = Mapping(

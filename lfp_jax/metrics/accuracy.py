@@ -120,7 +120,7 @@ def reliability(
     return bins
 
 
-def wilson(successes: float, n: int, *, confidence: float = 0.95) -> tuple[float, float]:
+def wilson(successes: float, n: float, *, confidence: float = 0.95) -> tuple[float, float]:
     """Compute the Wilson score interval of a share.
 
     Args:

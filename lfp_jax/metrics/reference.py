@@ -117,7 +117,7 @@ def _statistics(paths, width, model, network, batch):
     """Gather the statistics of image files; a batch is of images of one size."""
     total = distances.statistics(np.zeros((0, width)))
     batch = max(1, min(batch, len(paths)))
-    waiting = []
+    waiting: list[np.ndarray] = []
     with Progress(len(paths), label="reference") as progress:
         for i, path in enumerate(paths):
             image = image_files.read(path)

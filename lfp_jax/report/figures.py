@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Sequence
+from typing import Any
 
 from lfp_jax.metrics import accuracy
 from lfp_jax.report import plots, tables
@@ -41,10 +42,11 @@ def tradeoffs(
         shown = [cell for cell in cells if tables.has(cell, column)]
         x = {cell.name: cell.quantities[name].interval for cell in shown}
         better = "lower" if _FALLING[name] else "higher"
-        options = {"falling": _FALLING[name], "front": True}
+        options: dict[str, Any] = {"falling": _FALLING[name], "front": True}
         if name == "fd":
-            plain = {tables.value(cell, "fd_plain") for cell in shown} - {None}
-            options["marks"] = [("plain images", distance) for distance in sorted(plain)]
+            plain = {tables.value(cell, "fd_plain") for cell in shown}
+            known = sorted(distance for distance in plain if distance is not None)
+            options["marks"] = [("plain images", distance) for distance in known]
         xlabel = f"{_drawable(tables.label(column), 60)}\n({better} is better)"
         title = f"Accuracy against {tables.LABELS[name]} {under}"
         figures += _accuracy(shown, x, xlabel, title, fields, everything, **options)
@@ -108,21 +110,21 @@ def _drawable(text, most):
 
 def reliability(cells: Sequence[Cell], *, under: str) -> list[dict[str, str]]:
     """Plot the reliability of soft bits, those of all design points together; as `tradeoffs`."""
-    series = {}
+    found: dict[str, list[dict[str, float]]] = {}
     for cell in (cell for cell in cells if cell.reliability):
         estimator = _drawable(tables.text(cell.settings.get("estimator")), 40)
-        series.setdefault(estimator, []).extend(cell.reliability)
-    if not series:
+        found.setdefault(estimator, []).extend(cell.reliability)
+    if not found:
         return []
-    series = {name: _pool(bins) for name, bins in series.items()}
+    series = {name: _pool(bins) for name, bins in found.items()}
     bits = sum(each["bits"] for bins in series.values() for each in bins)
     svg = plots.reliability_svg(series)
     return [_figure(svg, f"Reliability of soft bits {under}", f"{bits:,.0f} bits")]
 
 
-def _pool(bins):
+def _pool(bins: list[dict[str, float]]) -> list[dict[str, float]]:
     """Throw together bins that have the same bounds."""
-    groups = {}
+    groups: dict[tuple[float, float], list[dict[str, float]]] = {}
     for each in bins:
         groups.setdefault((each["lowest"], each["highest"]), []).append(each)
     out = []

@@ -14,7 +14,7 @@ from lfp_jax.report import figures, results, spectrum, tables
 
 _GLANCE = ("bit_accuracy", "word_accuracy", "right_user_first", "psnr", "lpips", "fd")
 _MOST_BYTES = 12_000_000  # of pictures as they are; more than that come as JPEG
-_JPEG = {"quality": 88, "subsampling": "4:4:4"}
+_QUALITY = 88  # of those
 
 
 def write(workdir: str | os.PathLike) -> tuple[Path, list[str]]:
@@ -121,13 +121,15 @@ def _best(attack, measured, columns, carried, number):
 
 def _front(cells):
     """Give the names of the cells that no other beats in both bit accuracy and PSNR."""
-    names = ("bit_accuracy", "psnr")
-    pairs = {cell.name: [tables.value(cell, name) for name in names] for cell in cells}
-    pairs = {name: pair for name, pair in pairs.items() if None not in pair}
+    pairs = {}
+    for cell in cells:
+        bits, psnr = tables.value(cell, "bit_accuracy"), tables.value(cell, "psnr")
+        if bits is not None and psnr is not None:
+            pairs[cell.name] = bits, psnr
     return {
         name
         for name, (a, b) in pairs.items()
-        if not any(c >= a and d >= b and [c, d] != [a, b] for c, d in pairs.values())
+        if not any(c >= a and d >= b and (c, d) != (a, b) for c, d in pairs.values())
     }
 
 
@@ -178,7 +180,8 @@ def _are_heavy(cells):
 def _sheet(png, heavy):
     if not heavy:
         return figures.uri("image/png", png)
-    return figures.uri("image/jpeg", images.encode_jpeg(images.decode_png(png), **_JPEG))
+    jpeg = images.encode_jpeg(images.decode_png(png), quality=_QUALITY, subsampling="4:4:4")
+    return figures.uri("image/jpeg", jpeg)
 
 
 def _unique(texts):

@@ -8,10 +8,11 @@ import dataclasses
 import io
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -23,8 +24,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 _MARKERS = "os^Dv<>PX*"
 _DASHES = ("-", "--", ":", "-.")
 _WIDTH = 4.4  # inches of a figure on a page: its text is then as large as the page's on a phone
-_MARK = {"color": "0.45", "linewidth": 0.8, "linestyle": (0, (1, 2))}
-_PAGE = {
+_MARK: dict[str, Any] = {"color": "0.45", "linewidth": 0.8, "linestyle": (0, (1, 2))}
+_PAGE: dict[Any, Any] = {  # newer versions of matplotlib list the names as a type
     "text.parse_math": False,  # a dollar sign in a name is one
     "svg.fonttype": "none", "svg.hashsalt": "lfp_jax", "font.size": 9.5, "axes.edgecolor": "0.3",
     "axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 9.0,
@@ -84,7 +85,7 @@ def reliability(path: str | os.PathLike, bins: Iterable[dict[str, Any]]) -> None
 
 
 @matplotlib.rc_context(_PAGE)
-def reliability_svg(series: dict[str, Sequence[dict[str, Any]]]) -> str:
+def reliability_svg(series: Mapping[str, Sequence[dict[str, Any]]]) -> str:
     """Draw what `reliability` does as SVG text, a colour for each series: {label: its bins}."""
     return _svg(_reliability(_figure(_WIDTH), series))
 
@@ -152,7 +153,7 @@ def points_svg(
 
 @matplotlib.rc_context(_PAGE)
 def spectrum_svg(
-    series: dict[str, tuple[Sequence[float], Sequence[float]]],
+    series: dict[str, tuple[np.ndarray, np.ndarray]],
     *,
     ylabel: str,
     marks: Sequence[float] = (),
