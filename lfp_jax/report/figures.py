@@ -1,7 +1,7 @@
 """The figures of a page: what of the cells goes into which plot, its title and what it tells."""
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lfp_jax.metrics import accuracy
@@ -74,7 +74,15 @@ def along(
     return figures
 
 
-def _accuracy(cells, x, xlabel, title, fields, everything, **options):
+def _accuracy(
+    cells: Sequence[Cell],
+    x: dict[str, tuple[float, float, float]],
+    xlabel: str,
+    title: str,
+    fields: Sequence[str],
+    everything: Sequence[Cell],
+    **options: Any,
+) -> list[dict[str, str]]:
     fields = fields[:_SLOTS]
     points = []
     for cell in cells:
@@ -93,16 +101,16 @@ def _accuracy(cells, x, xlabel, title, fields, everything, **options):
     return [_figure(svg, title, f"{len(points)} points; the tables hold their numbers")]
 
 
-def _measured(cell, name):
+def _measured(cell: Cell, name: str) -> bool:
     return tables.value(cell, name) is not None
 
 
-def _named(fields, values):
+def _named(fields: Sequence[str], values: Iterable[str]) -> tuple[str, ...]:
     pairs = zip(fields, values, strict=True)
     return tuple(_drawable(f"{field} {value}", 40) for field, value in pairs)
 
 
-def _drawable(text, most):
+def _drawable(text: str, most: int) -> str:
     """Make a text from a file fit for a figure: short, and without control characters."""
     text = "".join(each if each.isprintable() else " " for each in text)
     return text if len(text) <= most else f"{text[: most - 1]}…"
@@ -154,6 +162,6 @@ def spectra(found: Sequence[Spectrum], cells: Sequence[Cell]) -> list[dict[str, 
     return figures
 
 
-def _figure(svg, title, told):
+def _figure(svg: str, title: str, told: str) -> dict[str, str]:
     data = svg[svg.index("<svg") :].encode()
     return {"uri": uri("image/svg+xml", data), "title": title, "alt": f"Plot: {title}. {told}."}
