@@ -9,6 +9,7 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lfp_jax.generators import layers
 
@@ -19,7 +20,7 @@ class Conv(nn.Module):
     features: int
     stride: int = 1
     padding: int = 1
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x):
@@ -38,7 +39,7 @@ class Dense(nn.Module):
 
     features: int
     bias: bool = True
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x):
@@ -103,7 +104,7 @@ class ResBlock(nn.Module):
     eps: float = 1e-6
     resample: str | None = None
     scale_shift: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x, emb=None):
@@ -137,7 +138,7 @@ class MultiHead(nn.Module):
     heads: int
     head_dim: int
     bias: bool = True
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x, context=None):
@@ -160,7 +161,7 @@ class Attention(nn.Module):
     head_dim: int
     groups: int = 32
     eps: float = 1e-6
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x):
@@ -173,7 +174,7 @@ class Attention(nn.Module):
 class LinearAttention(nn.Module):
     """Linear attention of one head, k normalised over positions; neither norm nor residual."""
 
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x):

@@ -11,6 +11,7 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lfp_jax.generators.blocks import (
     Attention,
@@ -68,7 +69,7 @@ class _Level(nn.Module):
     features: int
     blocks: int
     attends: bool
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x, resample=None):
@@ -92,7 +93,7 @@ class _Level(nn.Module):
 
 class _Middle(nn.Module):
     arch: Architecture
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x):
@@ -114,7 +115,7 @@ class Encoder(nn.Module):
     """Images [n, H, W, C] -> [n, h, w, latent_channels], or twice that (mean, logvar) for KL."""
 
     arch: Architecture
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, image):
@@ -137,7 +138,7 @@ class Decoder(nn.Module):
     """Latents [n, h, w, latent_channels] (quantised before, for VQ) -> images [n, H, W, C]."""
 
     arch: Architecture
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, z):

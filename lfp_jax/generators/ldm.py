@@ -11,6 +11,7 @@ from functools import partial
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lfp_jax.errors import UserError
 from lfp_jax.generators import diffusion, first_stage, unet
@@ -52,7 +53,7 @@ class LatentDiffusion(flax.struct.PyTreeNode):
     name: str = flax.struct.field(pytree_node=False, default="ldm")
     sha256: str = flax.struct.field(pytree_node=False, default="")
     quantizes: bool = flax.struct.field(pytree_node=False, default=True)  # in `decode`, if VQ
-    dtype: jnp.dtype = flax.struct.field(pytree_node=False, default=jnp.float32)
+    dtype: DTypeLike = flax.struct.field(pytree_node=False, default=jnp.float32)
     sample_steps: int = flax.struct.field(pytree_node=False, default=50)  # of `sample`
 
     @property

@@ -17,6 +17,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lfp_jax.errors import UserError
 from lfp_jax.generators import layers
@@ -133,7 +134,7 @@ class ModulatedConv(nn.Module):
     fir: tuple[float, ...] = (1, 3, 3, 1)
     clamp: float | None = None
     trainable: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x, w, noise):
@@ -160,7 +161,7 @@ class ToRGB(nn.Module):
 
     features: int
     clamp: float | None = None
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x, w):
@@ -179,7 +180,7 @@ class SynthesisBlock(nn.Module):
     arch: Architecture
     features: int
     trainable: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x, image, ws, noise):
@@ -202,7 +203,7 @@ class Synthesis(nn.Module):
 
     arch: Architecture
     trainable: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, ws, noise):
@@ -348,7 +349,7 @@ class StyleGAN2(flax.struct.PyTreeNode):
     arch: Architecture = flax.struct.field(pytree_node=False)
     name: str = flax.struct.field(pytree_node=False, default="stylegan2")
     sha256: str = flax.struct.field(pytree_node=False, default="")
-    dtype: jnp.dtype = flax.struct.field(pytree_node=False, default=jnp.float32)
+    dtype: DTypeLike = flax.struct.field(pytree_node=False, default=jnp.float32)
 
     @property
     def latent_shape(self):

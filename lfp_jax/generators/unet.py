@@ -13,6 +13,7 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lfp_jax.generators.blocks import (
     Attention,
@@ -81,7 +82,7 @@ class TransformerBlock(nn.Module):
 
     heads: int
     head_dim: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x, context):
@@ -109,7 +110,7 @@ class SpatialTransformer(nn.Module):
     head_dim: int
     depth: int
     groups: int = 32
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x, context):
@@ -127,7 +128,7 @@ class _Layers(nn.Module):
     """What the parts of the UNet share: how a block and an attention are made."""
 
     arch: Architecture
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def block(self, features, name, *, resample=None):
         """Make a residual block."""
@@ -210,7 +211,7 @@ class UNet(nn.Module):
     """Maps [n, h, w, c], times [n], context [n, tokens, d], labels [n] -> maps [n, h, w, c]."""
 
     arch: Architecture
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x, t, context=None, label=None):
