@@ -49,7 +49,9 @@ COLLUSIONS = {
 }
 
 
-def collude(key: jax.Array, copies: np.ndarray, *, how: str, start: int = 0) -> jax.Array:
+def collude(
+    key: jax.Array, copies: jax.Array | np.ndarray, *, how: str, start: int = 0
+) -> jax.Array:
     """Blend several users' copies of the same images, or of the same latents.
 
     Args:

@@ -7,6 +7,7 @@ the host in float64, so that weak directions are right; stored in float32. A lat
 a flat vector of d values here.
 """
 
+import dataclasses
 import operator
 from typing import Any
 
@@ -303,7 +304,7 @@ def ship(key: jax.Array, path: str, generator: Any, *, samples: int, metric_samp
     store.save(path, {"basis": arrays, "metric": metric}, origin)
 
 
-def _origin(key, generator, samples, metric_samples):
+def _origin(key: jax.Array, generator: Any, samples: int, metric_samples: int) -> dict[str, Any]:
     """Give all that principal directions and metric depend on.
 
     But for the quantiser of a latent-diffusion model, which gradients pass as if it were not there.
@@ -319,7 +320,7 @@ def _origin(key, generator, samples, metric_samples):
     }
 
 
-def _shipped(name, wanted):
+def _shipped(name: str, wanted: dict[str, Any]) -> tuple[Basis, np.ndarray] | None:
     """Read directions and metric from a bundle, or None where it has none of this origin."""
     path = zoo.basis(name)
     if path is None:
@@ -328,7 +329,7 @@ def _shipped(name, wanted):
     return (Basis(**tree["basis"]), tree["metric"]) if metadata == wanted else None
 
 
-def _measure(key, generator, origin):
+def _measure(key: jax.Array, generator: Any, origin: dict[str, Any]) -> tuple[Basis, np.ndarray]:
     fitted = fit_generator(key, generator, samples=origin["samples"])
     metric = sensitivity.mean_metric(
         jax.random.fold_in(key, 1), generator, samples=origin["metric_samples"]
@@ -353,7 +354,7 @@ def sample(key: jax.Array, generator: Any, n: int, *, start: int = 0) -> np.ndar
 
 
 @jax.jit
-def _sample(key, generator, start):
+def _sample(key: jax.Array, generator: Any, start: int) -> jax.Array:
     return generator.sample(key, _BATCH, start=start)
 
 
@@ -444,25 +445,23 @@ def split(
     return space if metric is None else _equalise(space, metric)
 
 
-def _part(basis, shift, bits):
+def _part(basis: Basis, shift: int, bits: int) -> Space:
     """Split uncorrelated directions."""
     carries = np.zeros(basis.components.shape[1], bool)
     carries[shift : shift + bits] = True
-    duals = (None, None)
-    if basis.duals is not None:
-        duals = (basis.duals[:, carries], basis.duals[:, ~carries])
+    duals = basis.duals
     return Space(
         mean=basis.mean,
         carrier=basis.components[:, carries],
         nuisance=basis.components[:, ~carries],
         nuisance_stddev=basis.stddev[~carries],
         carrier_stddev=basis.stddev[carries],
-        carrier_dual=duals[0],
-        nuisance_dual=duals[1],
+        carrier_dual=None if duals is None else duals[:, carries],
+        nuisance_dual=None if duals is None else duals[:, ~carries],
     )
 
 
-def _condition(basis, carrier):
+def _condition(basis: Basis, carrier: np.ndarray) -> Space:
     """Split a carrier [d, k] of correlated directions from what is uncorrelated with its part."""
     steps, k = np.asarray(basis.prior, np.float64), carrier.shape[1]
     inverse = steps / np.square(steps).sum(axis=0)  # t = inverse^T (w - mean)
@@ -480,27 +479,28 @@ def _condition(basis, carrier):
     return Space(mean=basis.mean, **arrays)
 
 
-def _equalise(space, metric):
+def _equalise(space: Space, metric: np.ndarray) -> Space:
     """Scale the k steps of the carrier such that each changes the image by a mean square of 4/k."""
     carrier = np.asarray(space.carrier, np.float64)
     squares = np.sum(carrier * (np.asarray(metric, np.float64) @ carrier), axis=0)
     squares = np.maximum(squares, np.finfo(np.float32).tiny)
     scale = jnp.asarray(np.sqrt(4.0 / (len(squares) * squares)), jnp.float32)
     dual = space.carrier if space.carrier_dual is None else space.carrier_dual
-    return space.replace(
+    return dataclasses.replace(
+        space,
         carrier=space.carrier * scale[None],
         carrier_stddev=space.carrier_stddev / scale,
         carrier_dual=dual / scale[None],
     )
 
 
-def _gather(basis, shift, bits, repeat):
+def _gather(basis: Basis, shift: int, bits: int, repeat: int) -> Basis:
     """Put the sum of each bit's directions at `shift`, what is orthogonal to the sums behind."""
     turn = helmert(repeat, full=True)  # its first row is the mean, over the root of `repeat`
     scale = np.where(np.arange(repeat) == 0, repeat**0.5, 1.0)
     end = shift + repeat * bits
 
-    def mix(columns, matrix):
+    def mix(columns: jax.Array | np.ndarray, matrix: np.ndarray) -> jax.Array:
         columns = np.array(columns, np.float64)
         taken = columns[..., shift:end].reshape(*columns.shape[:-1], repeat, bits)
         mixed = np.einsum("cr,...rk->...ck", matrix, taken)
@@ -517,18 +517,18 @@ def _gather(basis, shift, bits, repeat):
     )
 
 
-def _spread(basis):
+def _spread(basis: Basis) -> np.ndarray:
     """Give standard deviations [m] along orthonormal directions, none of them zero."""
     spread = np.asarray(basis.stddev, np.float64)
     return np.maximum(spread, _LEAST_SPREAD * spread.max())
 
 
-def _steps(basis):
+def _steps(basis: Basis) -> np.ndarray:
     """Give orthonormal directions [d, m], each as long as latents spread along it."""
     return np.asarray(basis.components, np.float64) * _spread(basis)
 
 
-def _principal(rows, mean):
+def _principal(rows: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Give variances [m] and directions [d, m] in float64, by falling variance."""
     n, d = rows.shape
     if n <= d:  # the rows themselves are the smaller problem
@@ -542,7 +542,7 @@ def _principal(rows, mean):
     return variance[::-1], directions[:, ::-1]
 
 
-def _signs(components):
+def _signs(components: np.ndarray) -> np.ndarray:
     """Give +1 or -1 a column, such that its entry of largest magnitude becomes positive."""
     largest = np.abs(components).argmax(axis=0)
     return np.where(np.take_along_axis(components, largest[None], axis=0) < 0.0, -1.0, 1.0)

@@ -24,6 +24,7 @@ import time
 import uuid
 from typing import Any, Self
 
+import numpy as np
 from etils import epath
 
 from lfp_jax import images, logs
@@ -43,8 +44,8 @@ class Folder:
             workdir: a path, or the address of a bucket's folder.
         """
         self.path = epath.Path(workdir)
-        self._bases = None
-        self._seen = {}  # {claim: (its text, since when)}
+        self._bases: tempfile.TemporaryDirectory[str] | None = None
+        self._seen: dict[epath.Path, tuple[str, float]] = {}  # {claim: (its text, since when)}
 
     def read(self, name: str) -> dict[str, Any] | None:
         """Read the result of a cell; None where there is none."""
@@ -59,9 +60,10 @@ class Folder:
 
     def read_all(self) -> list[dict[str, Any]]:
         """Read the results of all cells, those of other sweeps too, by name."""
-        return [self.read(name) for name in sorted(self.names())]
+        records = (self.read(name) for name in sorted(self.names()))
+        return [record for record in records if record is not None]
 
-    def write(self, record: dict[str, Any], *, sheet=None) -> None:
+    def write(self, record: dict[str, Any], *, sheet: np.ndarray | None = None) -> None:
         """Write the result of a cell.
 
         Args:
@@ -77,7 +79,7 @@ class Folder:
         """Write a text file in one step."""
         self._write(name, text.encode())
 
-    def _write(self, name, data):
+    def _write(self, name: str, data: bytes) -> None:
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.parent / f".{path.name}.{uuid.uuid4().hex}.part"
@@ -115,7 +117,7 @@ class Folder:
             time.sleep(seconds)
         return claim
 
-    def _void(self, path):
+    def _void(self, path: epath.Path) -> bool:
         text = path.read_text()
         with contextlib.suppress(ValueError):  # of one that is just being rewritten
             holder = json.loads(text)
@@ -157,20 +159,20 @@ class Claim:
         self._beats.join()
         self._path.write_text(self._text(released=True))
 
-    def _beat(self):
+    def _beat(self) -> None:
         while not self._left.wait(_BEAT):
             with contextlib.suppress(OSError):  # the next one may succeed
                 self._path.write_text(self._text())
 
-    def _text(self, *, released=False):
+    def _text(self, *, released: bool = False) -> str:
         return logs.to_line(self._holder | {"time": time.time(), "released": released})
 
 
-def _in_bucket(path):
+def _in_bucket(path: epath.Path) -> bool:
     return "://" in os.fspath(path)
 
 
-def _create(path, text):
+def _create(path: epath.Path, text: str) -> bool:
     try:
         with open(path, "x", encoding="utf-8") as file:
             file.write(text)
@@ -179,7 +181,7 @@ def _create(path, text):
     return True
 
 
-def _create_in_bucket(path, text):
+def _create_in_bucket(path: epath.Path, text: str) -> bool:
     if path.exists():
         return False
     path.write_text(text)
@@ -187,7 +189,7 @@ def _create_in_bucket(path, text):
     return path.read_text() == text
 
 
-def _alive(pid):
+def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -7,7 +7,9 @@ whole ones; what could not be done goes to standard error, with its cause and a 
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -67,7 +69,7 @@ def _attribute(config, workdir, *, paths, registry, rate, pool, form, **_):
         raise UserError("--mode=attribute needs files or folders: --mode=attribute PATH...")
     table, failed = form == "table", 0
     # On a terminal the answers themselves show how far it is.
-    options = {"progress": not (sys.stdout.isatty() and sys.stderr.isatty())}
+    options: dict[str, Any] = {"progress": not (sys.stdout.isatty() and sys.stderr.isatty())}
     options |= {"registry": registry, "rate": _rate(rate), "pool": pool}
     if table:
         print(_HEADER, flush=True)
@@ -152,4 +154,9 @@ def _rate(rate):
     return keys.FALSE_POSITIVE_RATE if rate is None else rate
 
 
-_MODES = {"issue": _issue, "generate": _generate, "attribute": _attribute, "doctor": _doctor}
+_MODES: dict[str, Callable[..., int]] = {
+    "issue": _issue,
+    "generate": _generate,
+    "attribute": _attribute,
+    "doctor": _doctor,
+}

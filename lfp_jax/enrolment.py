@@ -84,7 +84,7 @@ def open_design(ledger, config, workdir):
     """
     point = prepare(config, workdir, refit=False)
     wanted = dataclasses.asdict(describe(point, config, workdir))
-    differences = []
+    differences: list[list[str]] = []
     for number, known in ledger.designs().items():
         known = dataclasses.asdict(known)
         told = [name for name in wanted if name not in ("generator", "location")]
@@ -95,8 +95,9 @@ def open_design(ledger, config, workdir):
         differences.append([f"{name} {known[name]}, not {wanted[name]}" for name in differ])
     if not differences:
         raise UserError("The registry has no users yet: --mode=issue --user=NAME.")
-    nearest = ", ".join(min(differences, key=len))
-    raise UserError(f"Nobody has a key of this design point. Keys were issued for {nearest}.")
+    nearest = min(differences, key=len)
+    issued = ", ".join(nearest)
+    raise UserError(f"Nobody has a key of this design point. Keys were issued for {issued}.")
 
 
 def open_for(user, ledger, config, workdir):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export
+from jax.typing import ArrayLike
 
 from lfp_jax.basis import Space
 from lfp_jax.errors import UserError, choose
@@ -29,7 +30,7 @@ _einsum = partial(jnp.einsum, precision="highest")
 _jit = partial(jax.jit, static_argnames=("code",))
 
 
-def code(bits: jax.Array, *, form: str) -> jax.Array:
+def code(bits: ArrayLike, *, form: str) -> jax.Array:
     """Turn bits into steps along the carrier.
 
     Args:
@@ -105,7 +106,7 @@ def fold(
     step = strength * (double(bits) - choose(code, CODES, "code"))
     moved = carrier @ (duals.T @ mean + step)  # t
 
-    def turn(tree):
+    def turn(tree: Any) -> Any:
         if not isinstance(tree, dict):
             return tree
         return {
@@ -113,7 +114,7 @@ def fold(
             for name, each in tree.items()
         }
 
-    def turn_affine(affine):
+    def turn_affine(affine: dict[str, jax.Array]) -> dict[str, jax.Array]:
         kernel = double(affine["kernel"])  # [d, channels], of equalised learning rate
         bias = double(affine["bias"]) + moved @ kernel / len(kernel) ** 0.5
         kernel = kernel - duals @ (carrier.T @ kernel)
@@ -142,7 +143,7 @@ def program(
         UserError: a model that lacks a part, or samples on conditions.
     """
 
-    def make(noise):
+    def make(noise: jax.Array) -> jax.Array:
         latents = generator.denoise(noise, steps=generator.sample_steps)
         return generator.decode(inject(space, latents, bits, strength=strength, code=code))
 
@@ -244,17 +245,17 @@ def compose(
 _codeword = code  # below, `code` is an argument's name
 
 
-def _carrier_part_one(space, w):
+def _carrier_part_one(space: Space, w: jax.Array) -> jax.Array:
     duals = space.carrier if space.carrier_dual is None else space.carrier_dual
     return _einsum("dk,d->k", duals, w - space.mean)
 
 
-def _inject_one(space, w, steps):
+def _inject_one(space: Space, w: jax.Array, steps: jax.Array) -> jax.Array:
     """w [d], steps [k]: move w along the carrier to where its part equals the steps."""
     return w + _einsum("dk,k->d", space.carrier, steps - _carrier_part_one(space, w))
 
 
-def _flat(space, latents):
+def _flat(space: Space, latents: jax.Array) -> jax.Array:
     """Flatten latents [n, *latent_shape] to float32 [n, d], checking d."""
     rows = jnp.asarray(latents, jnp.float32)
     rows = rows.reshape(rows.shape[0], -1)

@@ -97,7 +97,8 @@ def expand(config, sweep, bench):
     sweep(lambda **fields: added.append(_flat(fields)))
     if not added:
         raise UserError("The config's sweep(add) adds no cell.")
-    cells, hashes = {}, {}
+    cells: dict[str, Cell] = {}
+    hashes: dict[str, str] = {}
     for changes in added:
         for each, changed in _split(_change(config, changes), changes):
             source = str(design.generator_settings(each))
@@ -117,7 +118,7 @@ def expand(config, sweep, bench):
 def _together(cells, *levels):
     """Sort cells so that those alike at the first level stand together, then at the next."""
     values = [[level(cell) for level in levels] for cell in cells]
-    first = {}  # where a value came first
+    first: dict[str, int] = {}  # where a value came first
     for i, row in enumerate(values):
         for value in row:
             first.setdefault(value, i)
@@ -131,7 +132,7 @@ def _basis_name(config):
 
 def _flat(fields, prefix=""):
     """Give {"a.b": value} of nested mappings."""
-    out = {}
+    out: dict[str, Any] = {}
     for name, value in fields.items():
         nested = isinstance(value, dict)
         out |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}

@@ -187,15 +187,16 @@ def gather(paths: Iterable[str | os.PathLike]) -> list[tuple[str, str | None]]:
     Returns:
         Pairs of a path and None, or of a path and what is wrong with it, in the order given.
     """
-    found = []
-    for path in map(os.fspath, paths):
+    found: list[tuple[str, str | None]] = []
+    for given in paths:
+        path = os.fspath(given)
         if os.path.isdir(path):
             try:
                 found += _inside(path, find(path))
             except UserError as error:  # there is none
                 found.append((path, str(error)))
-        elif _PATTERN.search(path) and not os.path.lexists(path):
-            plain = path[: _PATTERN.search(path).start()]
+        elif (special := _PATTERN.search(path)) and not os.path.lexists(path):
+            plain = path[: special.start()]
             matches = glob.glob(path, recursive=True)
             matches = sorted(each for each in matches if not os.path.isdir(each))
             found += _inside(os.path.dirname(plain) or ".", matches)
@@ -205,7 +206,7 @@ def gather(paths: Iterable[str | os.PathLike]) -> list[tuple[str, str | None]]:
     return found
 
 
-def _inside(folder, paths):
+def _inside(folder: str, paths: Iterable[str]) -> list[tuple[str, str | None]]:
     """Pair paths with None, or with the complaint that they lead out of the folder."""
     root, out = os.path.realpath(folder), []
     for path in paths:
@@ -320,17 +321,19 @@ def shrink(u8: np.ndarray, size: int) -> np.ndarray:
     return np.stack([np.rint(x.mean(axis=(1, 3))).astype(np.uint8) for x in blocks])
 
 
-def _decode(source, name, *, formats, grey):
+def _decode(
+    source: str | io.BytesIO, name: str, *, formats: tuple[str, ...] | None, grey: bool
+) -> np.ndarray:
     """Decode a path or file object to uint8 [H, W, 3]; [H, W, 1] where `grey` and the file is."""
     try:
         with Image.open(source, formats=formats) as image:
             pixels = image.width * image.height
             if pixels > _MOST_PIXELS:
                 raise UserError(f"{name} has {pixels:,} pixels; at most {_MOST_PIXELS:,} are read.")
-            image = _to_8_bits(ImageOps.exif_transpose(image))
-            if grey and image.mode == "L":
-                return np.array(image)[..., None]
-            return np.array(image.convert("RGB"))
+            upright = _to_8_bits(ImageOps.exif_transpose(image))
+            if grey and upright.mode == "L":
+                return np.array(upright)[..., None]
+            return np.array(upright.convert("RGB"))
     except UserError:
         raise
     except FileNotFoundError:
@@ -350,7 +353,7 @@ def _decode(source, name, *, formats, grey):
         ) from None
 
 
-def _to_8_bits(image):
+def _to_8_bits(image: Image.Image) -> Image.Image:
     """Bring odd modes to ones that convert to RGB without clipping or warnings."""
     if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow would clip at 255
         wide = np.clip(np.array(image, np.int64), 0, 65535)

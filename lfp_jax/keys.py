@@ -56,18 +56,18 @@ def check_capacity(
     """
     if not 0.0 < rate < 1.0:
         raise UserError(f"A false-positive rate must be between 0 and 1; got {rate}.")
-    rate = fractions.Fraction(rate)  # times a count of keys that no float can hold
+    exact = fractions.Fraction(rate)  # times a count of keys that no float can hold
     others = available(bits=bits, code=code) - 1
-    if users <= rate * others:
+    if users <= exact * others:
         return
-    most, enough = math.floor(rate * others), bits
-    while users > rate * (available(bits=enough, code=code) - 1):
+    most, enough = math.floor(exact * others), bits
+    while users > exact * (available(bits=enough, code=code) - 1):
         enough += 1
     remedy = f"at least {enough} bits" + (f", or at most {most:,} users" if most else "")
     raise UserError(
         f"No match is possible with {bits} bits and {users:,} users: even if all {bits} agree, "
         f"chance does as well with probability {users:,} / {others:,} = {users / others:.2g}, "
-        f"above the false-positive rate {float(rate):g}. Use {remedy}."
+        f"above the false-positive rate {rate:g}. Use {remedy}."
     )
 
 
@@ -161,17 +161,17 @@ def from_hex(text: str, *, bits: int) -> np.ndarray:
     return key[:bits]
 
 
-def _random_bits(n, bits, source):
+def _random_bits(n: int, bits: int, source: Callable[[int], bytes]) -> np.ndarray:
     width = -(-bits // 8)
     data = np.frombuffer(source(n * width), np.uint8).reshape(n, width)
     return np.unpackbits(data, axis=1, count=bits)
 
 
-def _least_ones(bits, code):
+def _least_ones(bits: int, code: str) -> int:
     return bits // 4 if code == "binary" else 0
 
 
-def _without_copies(drawn):
+def _without_copies(drawn: np.ndarray) -> np.ndarray:
     """Drop the later ones of equal keys [n, k], in a second for a million."""
     packed = np.packbits(drawn, axis=1)
     words = np.pad(packed, ((0, 0), (0, -packed.shape[1] % 8))).view(np.uint64)
@@ -182,10 +182,10 @@ def _without_copies(drawn):
     return drawn[keep]
 
 
-def _digits(bits):
+def _digits(bits: int) -> int:
     return -(-bits // 4)
 
 
-def _check(packed, bits):
+def _check(packed: bytes, bits: int) -> str:
     """Give CRC-16 of the packed key and its length, so that no key passes for a longer one."""
     return f"{binascii.crc_hqx(bits.to_bytes(4, 'big') + packed, 0xFFFF):04x}"

@@ -150,7 +150,8 @@ class Progress:
         self._shown_at = -math.inf if self._redraws else clock()
         # One sample a second for a minute: the rate is recent, and forgets a slow first step.
         self._samples = collections.deque([(clock(), start)], maxlen=60)
-        self._done, self._values = start, {}
+        self._done = start
+        self._values: dict[str, float] = {}
 
     def update(self, done: int, **values: float) -> None:
         """Say how many are done in all; writes only if the last line is old enough.

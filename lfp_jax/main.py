@@ -58,8 +58,10 @@ import importlib
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import absl.logging
+from absl.flags import FlagValues
 
 from lfp_jax import logs, options
 from lfp_jax.errors import UserError, choose
@@ -110,7 +112,7 @@ def main(argv: list[str]) -> int:
         return 130
 
 
-def _dispatch(flags, paths) -> int:
+def _dispatch(flags: FlagValues, paths: list[str]) -> int:
     # Each mode imports what it needs: `--help` and a mistyped flag answer at once.
     config, mode = flags.config, flags.mode
     if mode == "convert":
@@ -153,12 +155,12 @@ def _dispatch(flags, paths) -> int:
     return importlib.import_module("lfp_jax.experiment").run(config, workdir) or 0
 
 
-def _workdir(flags) -> Path:
+def _workdir(flags: FlagValues) -> Path:
     if flags.workdir:
         return Path(flags.workdir)
     if flags.config is None:
         raise UserError("--mode=report needs --workdir=DIR, or --config=FILE with a default one.")
-    name = flags["config"].config_filename.partition(":")[0]
+    name = options.config_file(flags).partition(":")[0]
     return Path("runs") / Path(name).stem
 
 
@@ -170,7 +172,7 @@ def _report(workdir: Path) -> int:
     return 1 if problems else 0
 
 
-def _train(workdir: Path, *, task: str, **settings) -> int:
+def _train(workdir: Path, *, task: str, **settings: Any) -> int:
     module = choose(task, _TRAINERS, "task")
     importlib.import_module(f"lfp_jax.training.{module}").train(workdir=workdir, **settings)
     return 0

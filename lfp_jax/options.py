@@ -52,6 +52,11 @@ def parse(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     return values, unnamed
 
 
+def config_file(values: flags.FlagValues) -> str:
+    """Give what stands behind --config=, the file and the switches."""
+    return config_flags.get_config_filename(values["config"])
+
+
 def sweep(values: flags.FlagValues) -> Callable[[Callable[..., None]], None]:
     """Give the function sweep(add) of the config file, with the switches of the config.
 
@@ -64,7 +69,7 @@ def sweep(values: flags.FlagValues) -> Callable[[Callable[..., None]], None]:
     Raises:
       UserError: the file has none.
     """
-    path, _, arg = values["config"].config_filename.partition(":")
+    path, _, arg = config_file(values).partition(":")
     function = getattr(sys.modules[_MODULE], "sweep", None)
     if function is None:
         raise UserError(f"'{path}' has no sweep(add), which --mode=grid needs.")

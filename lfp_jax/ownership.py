@@ -197,17 +197,19 @@ def attribute(
             for start in range(0, len(files), all_at_once):
                 own = start + at_once * jax.process_index()
                 found = sharding.gather(list(reader.read(files[own : own + at_once])))
-                for case in found if judge else ():
+                for case in found:
+                    if judge is None:
+                        break
                     if "error" not in case:
                         ratios.append(case.pop("llr"))
                         digests.append(case["image_sha256"])
                         case = judge.say(ratios[-1], **case)
                     yield case
                 line.update(min(start + all_at_once, len(files)))
-        if pool and ratios:
+        if judge is not None and pool and ratios:
             together = hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
             figures = {"image_sha256": together, "pooled": len(ratios)}
-            yield judge.say(verdict.pool(ratios), file=None, **figures)
+            yield judge.say(verdict.pool(np.stack(ratios)), file=None, **figures)
     sharding.wait_for_all("attribute")
 
 

@@ -17,6 +17,8 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +47,7 @@ class Codebook:
         """How many wrong bits are always mended."""
         return _bch(self.bits, self.payload).t
 
-    def encode(self, numbers: np.ndarray) -> np.ndarray:
+    def encode(self, numbers: Iterable[int]) -> np.ndarray:
         """Give the keys of numbers.
 
         Args:
@@ -117,7 +119,7 @@ class Codebook:
         number = self._nearest(llr)
         return (llr > 0.0).astype(np.uint8) if number is None else self.encode([number])[0]
 
-    def _nearest(self, llr):
+    def _nearest(self, llr: np.ndarray) -> int | None:
         """Give the number whose key fits best, of those that the likeliest words lead to."""
         code, word = _bch(self.bits, self.payload), (llr > 0.0) ^ self.mask
         unsure = np.argsort(np.abs(llr), kind="stable")[:_UNSURE]
@@ -151,7 +153,7 @@ def codebook(*, bits: int, payload: int, secret: bytes) -> Codebook:
 
 
 @functools.cache
-def _bch(bits, payload):
+def _bch(bits: int, payload: int) -> Any:
     """Give the strongest code that leaves room for the payload."""
     try:
         import bchlib
@@ -177,11 +179,11 @@ def _bch(bits, payload):
     return best
 
 
-def _message_bytes(code, bits):
+def _message_bytes(code: Any, bits: int) -> int:
     return -(-(bits - code.ecc_bits) // 8)
 
 
-def _to_bits(words, bits):
+def _to_bits(words: list[int], bits: int) -> np.ndarray:
     """Spell words, of k bits each, out: uint8 [n, k], the highest bit first."""
     width = -(-bits // 8)
     packed = b"".join(word.to_bytes(width, "big") for word in words)
@@ -189,12 +191,12 @@ def _to_bits(words, bits):
     return np.unpackbits(rows, axis=1)[:, 8 * width - bits :]
 
 
-def _to_int(bits):
+def _to_int(bits: np.ndarray) -> int:
     padded = np.pad(bits.astype(np.uint8), (-len(bits) % 8, 0))
     return int.from_bytes(np.packbits(padded).tobytes(), "big")
 
 
-def _decode(code, word, bits):
+def _decode(code: Any, word: int, bits: int) -> int | None:
     """Give the message of the codeword nearest to a word, None where none is near enough."""
     spare = -code.ecc_bits % 8
     # A shortened code: what is left out of the message is zero.

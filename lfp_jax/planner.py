@@ -96,7 +96,9 @@ def predict(generator, space, metric, latents, bits, *, strength, code, variance
             progress.update(i + 1)
     made, plain = (images.png_round_trip(design.decode(generator, w)) for w in (marked, latents))
     change = np.sqrt(np.square(made - plain).mean((1, 2, 3)))
-    return Plan(*np.array(rows).T, change, np.asarray(jax.vmap(perceptual.psnr)(made, plain)))
+    psnr = np.asarray(jax.vmap(perceptual.psnr)(jnp.asarray(made), jnp.asarray(plain)))
+    alone, jointly, known, words, told = np.array(rows).T
+    return Plan(alone, jointly, known, words, told, change, psnr)
 
 
 @jax.jit

@@ -24,7 +24,7 @@ _DRAWS = 100  # bootstrap draws of a distance
 class Reference:
     """What images of one generator are compared to."""
 
-    latents: jax.Array  # [n, ...], fresh ones
+    latents: np.ndarray  # [n, ...], fresh ones
     moments: tuple[np.ndarray, np.ndarray]  # mean [f] and covariance [f, f] of the features
     name: str
     plain: dict[str, Any] | None = None  # distance of the plain images of the latents

@@ -15,6 +15,6 @@ NETWORK, PAIRS, FRESH = range(1000, 1003)
 STRANGERS, FOREIGN, FORGERS = range(2000, 2003)
 
 
-def key(seed, fold):
+def key(seed: int, fold: int) -> jax.Array:
     """Make the random key of a fold of a seed, a whole number."""
     return jax.random.fold_in(jax.random.key(seed), fold)

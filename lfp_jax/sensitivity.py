@@ -58,7 +58,8 @@ def mean_metric(key, generator, *, samples=4_096, batch=32):
     """
     if samples < 1:
         raise UserError(f"samples of the mean metric must be >= 1; got {samples}.")
-    total, done = 0.0, 0
+    total: np.ndarray | float = 0.0
+    done = 0
     with Progress(samples, label="sensitivity") as progress:
         while done < samples:
             rows = np.asarray(_probe(key, generator, done, batch=batch), np.float64)
@@ -121,7 +122,8 @@ def mean_posterior(key, generator, steps, *, noise, samples=32):
         raise UserError(f"noise behind a basis must be >= {_LEAST_NOISE}; got {noise}.")
     mesh = sharding.mesh(devices=jax.local_devices())  # several processes all do the same
     generator, steps = sharding.replicate(mesh, (generator, np.asarray(steps, np.float32)))
-    total, unit = 0.0, np.eye(steps.shape[1])
+    total: np.ndarray | float = 0.0
+    unit = np.eye(steps.shape[1])
     with Progress(samples, label="information") as progress:
         for start in range(0, samples, mesh.size):
             latents = sharding.shard(mesh, _draw(key, generator, start, count=mesh.size))

@@ -10,6 +10,7 @@ Images are [n, H, W, C], nominally in [-1, 1]; computed in float32 at HIGHEST pr
 """
 
 from functools import partial
+from typing import Any
 
 import flax
 import jax
@@ -71,14 +72,17 @@ def train(
 
 
 @partial(jax.jit, static_argnames=("epochs", "steps", "batch"))
-def _train_one(key, rows, others, learning_rate, decay, *, epochs, steps, batch):
+def _train_one(
+    key: jax.Array, rows: jax.Array, others: jax.Array, learning_rate: float, decay: float,
+    *, epochs: int, steps: int, batch: int,
+) -> jax.Array:  # fmt: skip
     """Train one key [pixels]; `others` [users, pixels] are of length 1, or 0 if not yet trained."""
     optimizer = optax.adam(lambda step: learning_rate * decay ** (step // steps))
 
-    def loss(phi, picked):
+    def loss(phi: jax.Array, picked: jax.Array) -> jax.Array:
         return jnp.mean(jax.nn.relu(1.0 + _matmul(picked, phi)))
 
-    def step(carry, i):
+    def step(carry: Any, i: jax.Array) -> tuple[Any, None]:
         phi, state = carry
         first = jax.random.randint(jax.random.fold_in(key, i), (), 0, len(rows) - batch + 1)
         picked = jax.lax.dynamic_slice_in_dim(rows, first, batch)  # no gather, slow on CPU
@@ -104,8 +108,8 @@ def mark(keys: Keys, images: np.ndarray, user: np.ndarray, *, strength: float) -
     Returns:
         float32 of the same shape, not clipped.
     """
-    images = jnp.asarray(images, jnp.float32)
-    return images + strength * keys.directions[jnp.asarray(user)].reshape(images.shape)
+    plain = jnp.asarray(images, jnp.float32)
+    return plain + strength * keys.directions[jnp.asarray(user)].reshape(plain.shape)
 
 
 def scores(keys: Keys, images: np.ndarray) -> tuple[jax.Array, jax.Array]:

@@ -172,4 +172,4 @@ def test_ci_runs_the_test_command_of_the_readme():
     [command] = [
         line for line in (ROOT / ".ci" / "run").read_text().splitlines() if "-m pytest" in line
     ]
-    assert command.replace(" --quiet", "") in readme.read_text(encoding="utf-8")
+    assert command.strip().replace(" --quiet", "") in readme.read_text(encoding="utf-8")

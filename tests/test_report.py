@@ -250,6 +250,15 @@ def test_a_damaged_file_is_one_line_and_the_others_are_read(content, tmp_path):
     assert len(problem) < 400
 
 
+def test_a_count_of_decoys_beyond_all_floats_is_left_out(tmp_path):
+    record = json.dumps(_cell(1.0, "none")).replace('"decoys": 100000', '"decoys": 1e999')
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "c.json").write_text(record)
+    [cell], problems = results.read(tmp_path)
+    assert not problems
+    assert cell.quantities["right_user_first"].note == ""
+
+
 def test_only_damaged_files_still_make_a_page(tmp_path):
     (tmp_path / "cells").mkdir()
     (tmp_path / "cells" / "broken.json").write_bytes(b"")

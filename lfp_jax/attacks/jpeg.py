@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lfp_jax import images as files
-from lfp_jax.attacks.operation import draw, floor_through, operation, round_through
+from lfp_jax.attacks.operation import bounded, draw, floor_through, operation, round_through
 from lfp_jax.errors import UserError, choose
+
+_BOUNDS = {"quality": (1, 100)}
 
 # ITU-T T.81, tables K.1 and K.2.
 _LUMA = np.array([
@@ -36,6 +38,7 @@ _DCT[0] *= 0.5**0.5
 _DCT = _DCT.astype(np.float32)
 
 
+@bounded(**_BOUNDS)
 def jpeg(key, images, *, quality, subsampling="4:2:0", start=0, step=0):
     """Send images through a real JPEG encoder and decoder (Pillow), on the host.
 
@@ -57,7 +60,7 @@ def jpeg(key, images, *, quality, subsampling="4:2:0", start=0, step=0):
     u8 = files.to_uint8(images)
     _, options = draw(key, {"quality": quality}, count=len(u8), start=start, step=step)
     qualities = np.broadcast_to(np.rint(options["quality"]).astype(int), len(u8))
-    low, high = jpeg.bounds["quality"]
+    low, high = _BOUNDS["quality"]
     if np.any((qualities < low) | (qualities > high)):
         raise UserError(f"JPEG quality must be in {low} .. {high}; got {quality}.")
     coded = [
@@ -67,10 +70,7 @@ def jpeg(key, images, *, quality, subsampling="4:2:0", start=0, step=0):
     return files.from_uint8(np.reshape([files.decode_jpeg(data) for data in coded], u8.shape))
 
 
-jpeg.bounds = {"quality": (1, 100)}
-
-
-@operation(**jpeg.bounds)
+@operation(**_BOUNDS)
 def jpeg_approximate(key, image, *, quality, subsampling="4:2:0", rounding="straight"):
     """Compute what JPEG makes of an image, differentiably.
 

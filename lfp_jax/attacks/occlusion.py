@@ -24,7 +24,7 @@ def erase(key, image, *, area, aspect=1.0, outside=False):
         aspect: share of the height over share of the width; neither exceeds 1.
         outside: keep the rectangle and blacken all around it.
     """
-    inside = True
+    inside: bool | jax.Array = True
     shares = jnp.sqrt(area * aspect), jnp.sqrt(area / aspect)
     places = jax.random.uniform(key, (2,))
     for axis, (share, place) in enumerate(zip(shares, places, strict=True)):

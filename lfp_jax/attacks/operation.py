@@ -76,6 +76,16 @@ def operation(**bounds):
     return functools.partial(Operation, bounds=bounds)
 
 
+def bounded(**bounds):
+    """Decorate an attack on batches with the bounds of its strengths, as `operation` does."""
+
+    def attach(function):
+        function.bounds = bounds
+        return function
+
+    return attach
+
+
 def draw(key, options, *, count, start, step):
     """Give every image its key, and its own strength where an option is a `Uniform`.
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lfp_jax import generators
-from lfp_jax.attacks.operation import draw
+from lfp_jax.attacks.operation import bounded, draw
 from lfp_jax.errors import UserError
 from lfp_jax.generators import diffusion, ldm
 
@@ -21,6 +21,7 @@ _BATCH = 64  # images in one program; bounds the memory
 _load = functools.lru_cache(maxsize=2)(generators.load)
 
 
+@bounded()
 def regenerate(key, images, *, generator="ldm-demo", start=0, step=0):
     """Encode and decode images with a first stage (regen-VAE).
 
@@ -41,9 +42,7 @@ def regenerate(key, images, *, generator="ldm-demo", start=0, step=0):
     return _in_batches(model, images, lambda rows, _: _encode_decode(model, rows), keys)
 
 
-regenerate.bounds = {}
-
-
+@bounded()  # one level is for all images: none is drawn, or traced
 def rediffuse(key, images, *, level, passes=10, generator="ldm-demo", start=0, step=0):
     """Add noise to the latents of images and take it off again with a UNet (regen-diffusion).
 
@@ -68,7 +67,7 @@ def rediffuse(key, images, *, level, passes=10, generator="ldm-demo", start=0, s
     """
     model = _model(generator)
     timesteps = model.arch.diffusion.timesteps
-    if not (isinstance(level, numbers.Real) and 1 <= level < timesteps and passes >= 1):
+    if not (isinstance(level, numbers.Real) and 1 <= float(level) < timesteps and passes >= 1):
         raise UserError(
             f"level must be 1 .. {timesteps - 1} of '{model.name}' and passes >= 1; "
             f"got {level} and {passes}."
@@ -76,9 +75,6 @@ def rediffuse(key, images, *, level, passes=10, generator="ldm-demo", start=0, s
     times = np.round(level * np.arange(passes, 0, -1) / passes).astype(np.int32)
     keys, _ = draw(key, {}, count=len(images), start=start, step=step)
     return _in_batches(model, images, lambda *rows: _diffuse(model, *rows, times), keys)
-
-
-rediffuse.bounds = {}  # one level is for all images: none is drawn, or traced
 
 
 def _model(source):

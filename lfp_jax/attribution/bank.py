@@ -23,9 +23,9 @@ _RIDGE = 0.1  # of it, as a share of the kernel's greatest value
 class Bank(flax.struct.PyTreeNode):
     """Samples of the prior of one generator; made once, shared by all images and users."""
 
-    latents: jax.Array  # [N, d]
-    thumbnails: jax.Array  # [N, t, t, C], small pictures of them
-    metric: jax.Array  # [d, d] of `sensitivity.mean_metric`
+    latents: jax.Array | np.ndarray  # [N, d]
+    thumbnails: jax.Array | np.ndarray  # [N, t, t, C], small pictures of them
+    metric: jax.Array | np.ndarray  # [d, d] of `sensitivity.mean_metric`
 
 
 def thumbnails(images):

@@ -36,8 +36,9 @@ _EVIDENCE = 30.0  # nats that make a JPEG
 class View(flax.struct.PyTreeNode):
     """An image, and what is assumed of the way it took."""
 
-    pixels: jax.Array  # [H, W, C]
-    centre: jax.Array  # [e] strengths, most likely ones: e = 6, 3 without a crop, 0 for noise only
+    pixels: jax.Array | np.ndarray  # [H, W, C]
+    # [e] strengths, most likely ones: e = 6, 3 without a crop, 0 for noise only
+    centre: jax.Array | np.ndarray
     coded: jax.Array | None = None  # [p] DCT coefficients, where it was a JPEG
     noise: jax.Array | None = None  # [p] variances of their rounding
     halved: bool = flax.struct.field(pytree_node=False, default=True)  # has chroma of half the size

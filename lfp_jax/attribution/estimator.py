@@ -14,6 +14,7 @@ basis, strength and code, never to a user: new keys need no training. The key ar
 
 import dataclasses
 from functools import partial
+from typing import cast
 
 import flax.linen as nn
 import flax.struct
@@ -203,9 +204,9 @@ def guesses(estimator, generator, space, images):
         else:  # at one picture slopes are linear maps of the image, which the network can learn
             references = jnp.broadcast_to(_make(generator, w), images.shape)
             slopes = jnp.zeros((len(images), len(estimator.sensitivity)))
-        theta, logits = network.apply(
-            {"params": estimator.params["network"]}, images, references, slopes, number
-        )
+        params = {"params": estimator.params["network"]}
+        moved = network.apply(params, images, references, slopes, number)
+        theta, logits = cast(tuple[jax.Array, jax.Array], moved)
         log_variance = _SPEED * estimator.params["log_variance"][number]
         guess = Guess(guess.theta + theta, guess.logits + logits, log_variance)
         found.append(guess)
@@ -306,7 +307,8 @@ def _evaluations(estimator, generator):
 def _operations(function, *args):
     """Count floating-point operations; a CPU tells them at once, others once it is compiled."""
     lowered = jax.jit(function).lower(*args)
-    return (lowered.cost_analysis() or lowered.compile().cost_analysis())["flops"]
+    costs = lowered.cost_analysis() or lowered.compile().cost_analysis() or {}
+    return costs["flops"]
 
 
 def check_design(estimator, generator, space, *, strength, code):

@@ -30,10 +30,10 @@ _SCAN = 100
 class Solution(flax.struct.PyTreeNode):
     """What an estimator found."""
 
-    soft_bits: jax.Array  # [n, k] in [0, 1]
-    latents: jax.Array  # [n, d]
-    residual: jax.Array  # [n], root mean square difference to the image, [-1, 1] scale
-    evaluations: jax.Array  # [n], generator evaluations; one with gradient counts 3
+    soft_bits: jax.Array | np.ndarray  # [n, k] in [0, 1]
+    latents: jax.Array | np.ndarray  # [n, d]
+    residual: jax.Array | np.ndarray  # [n], root mean square difference to the image, [-1, 1] scale
+    evaluations: jax.Array | np.ndarray  # [n], generator evaluations; one with gradient counts 3
 
     @property
     def bits(self):

@@ -20,6 +20,7 @@ tell the bits from everything else, have all.
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -183,7 +184,9 @@ class _Search:
     """One image: its best descent so far, those given up, and the starts still to come."""
 
     def __init__(self, starts, spent):
-        self.starts, self.spent, self.best, self.lost = iter(starts), spent, None, []
+        self.starts, self.spent = iter(starts), spent
+        self.best: Any = None  # a _Descent once the first is back
+        self.lost: list[_Descent] = []
 
     def proceed(self, descent, *, settled, ended, lost):
         """Take the news of a descent; give the one to go on with, or None."""
@@ -285,10 +288,10 @@ def lm(
     with Progress(len(images), label="lm") if progress else Silent() as line:
         searches = _run(len(images), begin, step, news, line, batch=batch)
     best = [search.best for search in searches]
-    theta = jnp.asarray(np.stack([d.theta[len(d.view.centre) :] for d in best]))
+    ends = jnp.asarray(np.stack([d.theta[len(d.view.centre) :] for d in best]))
     return Solution(
         np.stack([descent.soft for descent in best]),
-        coordinates.place(frame, theta),
+        coordinates.place(frame, ends),
         np.array([descent.rms for descent in best]),
         np.array([search.spent for search in searches]),
     )
@@ -306,7 +309,8 @@ def _likely(generator, frame, bank, unknowns, index, image, near, count):
     guessed = [unknowns(guesses(bank, image, count=_EACH, keep=keep)) for keep in channel.KEPT]
     theta = np.concatenate([near, *guessed])
     made = _decode(generator, coordinates.place(frame, theta))
-    found, seen, first = [], channel.see(image), len(near)
+    found: list[tuple] = []
+    seen, first = channel.see(image), len(near)
     for i, keep in enumerate(channel.KEPT):
         rows = np.r_[:first, first + i * _EACH : first + (i + 1) * _EACH]
         found += zip(*channel.likely(image, made[rows], keep), theta[rows], strict=True)
@@ -320,12 +324,14 @@ def _likely(generator, frame, bank, unknowns, index, image, near, count):
 
 def _run(count, begin, step, news, line, *, batch):
     """Search for each image, a few at a time, and those together that need the same."""
-    searches, active, done = [], [], 0
+    searches: list[_Search] = []
+    active: list[_Descent] = []
+    done = 0
     while done < count:
         while len(searches) < count and len(active) < _AHEAD * batch:
             searches.append(begin(len(searches)))
             active.append(next(searches[-1].starts))
-        groups = {}
+        groups: dict[tuple, list[_Descent]] = {}
         for descent in active:
             form = descent.stage, len(descent.theta), jax.tree.structure(descent.view)
             groups.setdefault(form, []).append(descent)

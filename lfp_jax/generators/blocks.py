@@ -4,9 +4,12 @@ All feature maps are NHWC, kernels HWIO; 1 x 1 convolutions are matrices [in, ou
 float32; `dtype` is the compute type, and normalisation is float32 in any case.
 """
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lfp_jax.generators import layers
 
@@ -17,7 +20,7 @@ class Conv(nn.Module):
     features: int
     stride: int = 1
     padding: int = 1
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x):
@@ -36,7 +39,7 @@ class Dense(nn.Module):
 
     features: int
     bias: bool = True
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x):
@@ -101,20 +104,20 @@ class ResBlock(nn.Module):
     eps: float = 1e-6
     resample: str | None = None
     scale_shift: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x, emb=None):
-        norm = {"groups": self.groups, "eps": self.eps}
-        h = nn.silu(GroupNorm(name="norm0", **norm)(x))
+        norm = partial(GroupNorm, groups=self.groups, eps=self.eps)
+        h = nn.silu(norm(name="norm0")(x))
         if self.resample:
             change = {"up": grow, "down": shrink}[self.resample]
             h, x = change(h), change(x)
         h = Conv(self.features, dtype=self.dtype, name="conv0")(h)
         if emb is None:
-            h = GroupNorm(name="norm1", **norm)(h)
+            h = norm(name="norm1")(h)
         else:
-            h = self._tell(h, nn.silu(emb), GroupNorm(name="norm1", **norm))
+            h = self._tell(h, nn.silu(emb), norm(name="norm1"))
         h = Conv(self.features, dtype=self.dtype, name="conv1")(nn.silu(h))
         if x.shape[-1] != self.features:
             x = Dense(self.features, dtype=self.dtype, name="skip")(x)
@@ -135,7 +138,7 @@ class MultiHead(nn.Module):
     heads: int
     head_dim: int
     bias: bool = True
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x, context=None):
@@ -158,7 +161,7 @@ class Attention(nn.Module):
     head_dim: int
     groups: int = 32
     eps: float = 1e-6
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x):
@@ -171,7 +174,7 @@ class Attention(nn.Module):
 class LinearAttention(nn.Module):
     """Linear attention of one head, k normalised over positions; neither norm nor residual."""
 
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x):

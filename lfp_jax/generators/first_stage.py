@@ -6,10 +6,12 @@ diffusers' `VQModel` and `AutoencoderKL`. Group norms have eps 1e-6.
 """
 
 import dataclasses
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lfp_jax.generators.blocks import (
     Attention,
@@ -67,7 +69,7 @@ class _Level(nn.Module):
     features: int
     blocks: int
     attends: bool
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x, resample=None):
@@ -91,16 +93,16 @@ class _Level(nn.Module):
 
 class _Middle(nn.Module):
     arch: Architecture
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x):
         features = x.shape[-1]
-        make = {"groups": self.arch.groups, "dtype": self.dtype}
-        x = ResBlock(features, name="block0", **make)(x)
+        block = partial(ResBlock, features, groups=self.arch.groups, dtype=self.dtype)
+        x = block(name="block0")(x)
         if self.arch.middle_attention:
             x = _attention(self.arch, features, self.dtype, "attn")(x)
-        return ResBlock(features, name="block1", **make)(x)
+        return block(name="block1")(x)
 
 
 def _attention(arch, features, dtype, name):
@@ -113,7 +115,7 @@ class Encoder(nn.Module):
     """Images [n, H, W, C] -> [n, h, w, latent_channels], or twice that (mean, logvar) for KL."""
 
     arch: Architecture
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, image):
@@ -136,7 +138,7 @@ class Decoder(nn.Module):
     """Latents [n, h, w, latent_channels] (quantised before, for VQ) -> images [n, H, W, C]."""
 
     arch: Architecture
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, z):

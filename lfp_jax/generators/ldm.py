@@ -11,6 +11,7 @@ from functools import partial
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lfp_jax.errors import UserError
 from lfp_jax.generators import diffusion, first_stage, unet
@@ -30,6 +31,8 @@ class Architecture:
         """Channels of a latent."""
         if self.first_stage is not None:
             return self.first_stage.latent_channels
+        if self.unet is None:
+            raise ValueError("A model needs a first stage or a UNet.")
         return self.unet.out_channels
 
 
@@ -50,7 +53,7 @@ class LatentDiffusion(flax.struct.PyTreeNode):
     name: str = flax.struct.field(pytree_node=False, default="ldm")
     sha256: str = flax.struct.field(pytree_node=False, default="")
     quantizes: bool = flax.struct.field(pytree_node=False, default=True)  # in `decode`, if VQ
-    dtype: jnp.dtype = flax.struct.field(pytree_node=False, default=jnp.float32)
+    dtype: DTypeLike = flax.struct.field(pytree_node=False, default=jnp.float32)
     sample_steps: int = flax.struct.field(pytree_node=False, default=50)  # of `sample`
 
     @property
@@ -65,7 +68,7 @@ class LatentDiffusion(flax.struct.PyTreeNode):
         Raises:
             UserError: the model has no first stage.
         """
-        arch = self._first_stage("decoder")
+        arch, _ = self._first_stage("decoder")
         side = self.arch.size * arch.factor
         return (side, side, arch.decoded_channels)
 
@@ -179,7 +182,7 @@ class LatentDiffusion(flax.struct.PyTreeNode):
         Raises:
             UserError: the model has no first stage, or z has another shape.
         """
-        arch = self._first_stage("decoder")
+        arch, params = self._first_stage("decoder")
         if z.ndim != 4 or z.shape[-1] != arch.latent_channels:
             raise UserError(
                 f"z must have shape [n, h, w, {arch.latent_channels}]; got {list(z.shape)}."
@@ -188,7 +191,7 @@ class LatentDiffusion(flax.struct.PyTreeNode):
         quantize = self.quantizes if quantize is None else quantize
         if arch.kind == "vq" and quantize:
             z, _ = first_stage.quantize(z, self.codebook)
-        return first_stage.Decoder(arch, self.dtype).apply({"params": self.decoder}, z)
+        return first_stage.Decoder(arch, self.dtype).apply({"params": params}, z)
 
     def encode(self, images):
         """Encode images: VQ before quantisation, KL the mean; scaled.
@@ -203,7 +206,7 @@ class LatentDiffusion(flax.struct.PyTreeNode):
             UserError: the model has no encoder, or the images have another shape.
         """
         moments = self._encode(images)
-        mean = moments[..., : self.arch.first_stage.latent_channels]
+        mean = moments[..., : self.arch.latent_channels]
         return (mean - self.shift) * self.scale_factor
 
     def encode_moments(self, images):
@@ -215,13 +218,14 @@ class LatentDiffusion(flax.struct.PyTreeNode):
         Raises:
             UserError: the model has no KL encoder, or the images have another shape.
         """
-        if self._first_stage("encoder").kind != "kl":
+        arch, _ = self._first_stage("encoder")
+        if arch.kind != "kl":
             raise UserError("A VQ first stage has no moments, only `encode`.")
         mean, logvar = jnp.split(self._encode(images), 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
     def _encode(self, images):
-        arch = self._first_stage("encoder")
+        arch, params = self._first_stage("encoder")
         channels, factor = arch.image_channels, arch.factor
         sizes = images.shape[1:3]
         if images.ndim != 4 or images.shape[3] != channels or any(n % factor for n in sizes):
@@ -229,12 +233,14 @@ class LatentDiffusion(flax.struct.PyTreeNode):
                 f"Images must have shape [n, H, W, {channels}] with H and W divisible by {factor}; "
                 f"got {list(images.shape)}."
             )
-        return first_stage.Encoder(arch, self.dtype).apply({"params": self.encoder}, images)
+        return first_stage.Encoder(arch, self.dtype).apply({"params": params}, images)
 
     def _first_stage(self, part):
-        if getattr(self, part) is None:
+        """Give the sizes of the first stage, and the parameters of one of its parts."""
+        params = getattr(self, part)
+        if params is None:
             raise UserError(f"'{self.name}' has no {part}: its file holds none.")
-        return self.arch.first_stage
+        return self.arch.first_stage, params
 
     def _unet(self):
         if self.unet is None:
@@ -264,7 +270,7 @@ class LatentDiffusion(flax.struct.PyTreeNode):
         found = None if label is None else jnp.shape(label)
         if found != ((n,) if arch.classes else None):
             wanted = f"[{n}] below {arch.classes}" if arch.classes else "none"
-            given = "none" if label is None else f"shape {list(found)}"
+            given = "none" if label is None else f"shape {list(jnp.shape(label))}"
             raise UserError(f"This UNet takes labels {wanted}; got {given}.")
 
 

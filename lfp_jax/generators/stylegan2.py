@@ -17,6 +17,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lfp_jax.errors import UserError
 from lfp_jax.generators import layers
@@ -133,7 +134,7 @@ class ModulatedConv(nn.Module):
     fir: tuple[float, ...] = (1, 3, 3, 1)
     clamp: float | None = None
     trainable: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x, w, noise):
@@ -160,7 +161,7 @@ class ToRGB(nn.Module):
 
     features: int
     clamp: float | None = None
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x, w):
@@ -179,19 +180,22 @@ class SynthesisBlock(nn.Module):
     arch: Architecture
     features: int
     trainable: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x, image, ws, noise):
         first = image is None
-        options = {"clamp": self.arch.clamp, "dtype": self.dtype}
-        make = dict(fir=self.arch.fir, trainable=self.trainable, **options)
+        arch = self.arch
+        conv = partial(
+            ModulatedConv, self.features, fir=arch.fir, clamp=arch.clamp, trainable=self.trainable,
+            dtype=self.dtype,
+        )  # fmt: skip
         names = ("conv1",) if first else ("conv0", "conv1")
         for i, name in enumerate(names):
-            module = ModulatedConv(self.features, up=name == "conv0", name=name, **make)
-            x = module(x, ws[:, i], noise[i])
-        rgb = ToRGB(self.arch.image_channels, name="torgb", **options)(x, ws[:, len(names)])
-        return x, rgb if first else layers.upsample(image, self.arch.fir) + rgb
+            x = conv(up=name == "conv0", name=name)(x, ws[:, i], noise[i])
+        to_rgb = ToRGB(arch.image_channels, clamp=arch.clamp, dtype=self.dtype, name="torgb")
+        rgb = to_rgb(x, ws[:, len(names)])
+        return x, rgb if first else layers.upsample(image, arch.fir) + rgb
 
 
 class Synthesis(nn.Module):
@@ -199,7 +203,7 @@ class Synthesis(nn.Module):
 
     arch: Architecture
     trainable: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, ws, noise):
@@ -226,10 +230,10 @@ class DiscriminatorBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        make = {"fir": self.fir, "clamp": self.clamp}
+        conv = partial(_Conv, fir=self.fir, clamp=self.clamp)
         skip = _Skip(self.features, self.fir, name="skip")
-        conv0 = _Conv(x.shape[-1], name="conv0", **make)
-        conv1 = _Conv(self.features, down=True, gain=0.5**0.5, name="conv1", **make)
+        conv0 = conv(x.shape[-1], name="conv0")
+        conv1 = conv(self.features, down=True, gain=0.5**0.5, name="conv1")
         return conv1(conv0(x)) + skip(x) * 0.5**0.5
 
 
@@ -298,11 +302,11 @@ class ResnetDiscriminator(nn.Module):
     @nn.compact
     def __call__(self, images, label=None):
         arch = self.arch
-        make = {"clamp": arch.clamp}
-        x = _Conv(arch.channels[-1], size=1, name="fromrgb", **make)(images)
+        x = _Conv(arch.channels[-1], size=1, clamp=arch.clamp, name="fromrgb")(images)
         for i in range(len(arch.channels) - 1, 0, -1):
             features = arch.channels[i - 1]
-            x = DiscriminatorBlock(features, fir=arch.fir, name=f"b{4 * 2**i}", **make)(x)
+            block = DiscriminatorBlock(features, arch.fir, arch.clamp, name=f"b{4 * 2**i}")
+            x = block(x)
         x = _Epilogue(arch, name="b4")(x)
         if arch.label_dim:
             cmap = Mapping(
@@ -345,7 +349,7 @@ class StyleGAN2(flax.struct.PyTreeNode):
     arch: Architecture = flax.struct.field(pytree_node=False)
     name: str = flax.struct.field(pytree_node=False, default="stylegan2")
     sha256: str = flax.struct.field(pytree_node=False, default="")
-    dtype: jnp.dtype = flax.struct.field(pytree_node=False, default=jnp.float32)
+    dtype: DTypeLike = flax.struct.field(pytree_node=False, default=jnp.float32)
 
     @property
     def latent_shape(self):

@@ -8,10 +8,12 @@ may be fractions. Group norms have eps 1e-5, inside transformers 1e-6. The sizes
 
 import dataclasses
 import math
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lfp_jax.generators.blocks import (
     Attention,
@@ -80,17 +82,19 @@ class TransformerBlock(nn.Module):
 
     heads: int
     head_dim: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x, context):
-        make = {"heads": self.heads, "head_dim": self.head_dim, "bias": False, "dtype": self.dtype}
+        attend = partial(
+            MultiHead, heads=self.heads, head_dim=self.head_dim, bias=False, dtype=self.dtype
+        )
         norms = [
             nn.LayerNorm(1e-5, use_fast_variance=False, dtype=jnp.float32, name=f"norm{i}")
             for i in (1, 2, 3)
         ]
-        x = x + MultiHead(name="attn1", **make)(norms[0](x))
-        x = x + MultiHead(name="attn2", **make)(norms[1](x), context)
+        x = x + attend(name="attn1")(norms[0](x))
+        x = x + attend(name="attn2")(norms[1](x), context)
         width = x.shape[-1]
         h = Dense(8 * width, dtype=self.dtype, name="ff_in")(norms[2](x))
         value, gate = jnp.split(h, 2, axis=-1)
@@ -106,7 +110,7 @@ class SpatialTransformer(nn.Module):
     head_dim: int
     depth: int
     groups: int = 32
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x, context):
@@ -124,7 +128,7 @@ class _Layers(nn.Module):
     """What the parts of the UNet share: how a block and an attention are made."""
 
     arch: Architecture
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def block(self, features, name, *, resample=None):
         """Make a residual block."""
@@ -169,8 +173,8 @@ class _Down(_Layers):
         pad = arch.down_padding
         if not pad:
             x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
-        make = {"stride": 2, "padding": pad, "dtype": self.dtype, "name": "resample"}
-        return Conv(x.shape[-1], **make)(x)
+        conv = Conv(x.shape[-1], stride=2, padding=pad, dtype=self.dtype, name="resample")
+        return conv(x)
 
 
 class _Up(_Layers):
@@ -207,7 +211,7 @@ class UNet(nn.Module):
     """Maps [n, h, w, c], times [n], context [n, tokens, d], labels [n] -> maps [n, h, w, c]."""
 
     arch: Architecture
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x, t, context=None, label=None):

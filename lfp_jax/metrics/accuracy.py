@@ -35,7 +35,7 @@ def word_accuracy(decoded: np.ndarray, keys: np.ndarray, *, confidence: float = 
     Raises:
         ValueError: shapes that do not fit, or no images.
     """
-    return _rate(_agree(decoded, keys).all(axis=1), confidence)
+    return _rate(np.all(_agree(decoded, keys), axis=1), confidence)
 
 
 def bit_accuracy(decoded: np.ndarray, keys: np.ndarray, *, confidence: float = 0.95) -> Rate:
@@ -120,7 +120,7 @@ def reliability(
     return bins
 
 
-def wilson(successes: float, n: int, *, confidence: float = 0.95) -> tuple[float, float]:
+def wilson(successes: float, n: float, *, confidence: float = 0.95) -> tuple[float, float]:
     """Compute the Wilson score interval of a share.
 
     Args:
@@ -148,7 +148,7 @@ def wilson(successes: float, n: int, *, confidence: float = 0.95) -> tuple[float
     return low, high
 
 
-def _agree(decoded, keys):
+def _agree(decoded: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """Give right or wrong a bit, bool [n, k]."""
     decoded, keys = np.asarray(decoded), np.asarray(keys)
     if decoded.ndim != 2 or keys.shape not in (decoded.shape, decoded.shape[1:]):
@@ -159,7 +159,7 @@ def _agree(decoded, keys):
     return decoded == keys
 
 
-def _rate(shares, confidence):
+def _rate(shares: np.ndarray, confidence: float) -> Rate:
     successes = float(shares.sum())
     low, high = wilson(successes, len(shares), confidence=confidence)
     return Rate(successes / len(shares), low, high, successes, len(shares))

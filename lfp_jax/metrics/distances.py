@@ -61,7 +61,7 @@ def statistics(features: np.ndarray) -> Statistics:
     return _statistics(_checked(features, least=0))
 
 
-def _statistics(features):
+def _statistics(features: np.ndarray) -> Statistics:
     mean = features.mean(axis=0) if len(features) else np.zeros(features.shape[1])
     centred = features - mean
     return Statistics(len(features), mean, centred.T @ centred)
@@ -79,7 +79,7 @@ def merge(*parts: Statistics) -> Statistics:
     return functools.reduce(_merge_two, parts)
 
 
-def _merge_two(a, b):
+def _merge_two(a: Statistics, b: Statistics) -> Statistics:
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"Statistics of {a.mean.size} and of {b.mean.size} features do not merge.")
     count = a.count + b.count
@@ -169,19 +169,18 @@ def frechet_interval(
     """
     if draws < 2:
         raise ValueError(f"An interval needs at least 2 draws; got {draws}.")
-    fixed = isinstance(features2, tuple)
     features1 = _checked(features1, least=2)
-    if fixed:
-        second = _factored(*features2)
+    if isinstance(features2, tuple):
+        drawn, second = None, _factored(*features2)
     else:
-        features2 = _checked(features2, least=2)
-        second = _gaussian(features2)
+        drawn = _checked(features2, least=2)
+        second = _gaussian(drawn)
     value = _distance(_gaussian(features1), second)
     generator = _generator(key)
     redrawn = np.zeros(draws)
     for i in range(draws):
         first = _gaussian(_redraw(generator, features1))
-        second = second if fixed else _gaussian(_redraw(generator, features2))
+        second = second if drawn is None else _gaussian(_redraw(generator, drawn))
         redrawn[i] = _distance(first, second)
     low, high = _interval(redrawn - redrawn.mean(), confidence)
     bounds = max(0.0, value + low), value + high
@@ -279,26 +278,26 @@ def inception_score(logits: np.ndarray, *, splits: int = 10, confidence: float =
     return _over_draws(values, n, confidence)
 
 
-def _over_draws(values, images, confidence):
+def _over_draws(values: np.ndarray, images: int, confidence: float) -> Distance:
     low, high = _interval(values, confidence)
     return Distance(float(values.mean()), low, high, float(values.std()), len(values), images)
 
 
-def _interval(values, confidence):
+def _interval(values: np.ndarray, confidence: float) -> tuple[float, float]:
     tail = (1.0 - confidence) / 2.0
     low, high = np.quantile(values, [tail, 1.0 - tail])
     return float(low), float(high)
 
 
-def _generator(key):
+def _generator(key: jax.Array) -> np.random.Generator:
     return np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
 
 
-def _kernel(x, y):
+def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (x @ y.T / x.shape[1] + 1.0) ** 3
 
 
-def _checked(features, *, least):
+def _checked(features: np.ndarray, *, least: int) -> np.ndarray:
     """Check features [n >= least, f] and bring them to float64."""
     features = np.asarray(features)
     if features.ndim != 2 or len(features) < least:
@@ -309,7 +308,7 @@ def _checked(features, *, least):
     return features.astype(np.float64)
 
 
-def _gaussian(features):
+def _gaussian(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Give mean [f] and a factor A [r, f] of the covariance A^T A of features, checked before."""
     n, f = features.shape
     if n > f:
@@ -318,7 +317,7 @@ def _gaussian(features):
     return mean, (features - mean) / np.sqrt(n - 1)  # exact, and far smaller than the covariance
 
 
-def _factored(mean, covariance):
+def _factored(mean: np.ndarray, covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Give a mean and the symmetric square root of a covariance, as a factor of it."""
     values, vectors = np.linalg.eigh(np.asarray(covariance, np.float64))
     # Negative eigenvalues are rounding.
@@ -326,7 +325,7 @@ def _factored(mean, covariance):
     return np.asarray(mean, np.float64), root
 
 
-def _distance(first, second):
+def _distance(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]) -> float:
     """Compute the Fréchet distance of two Gaussians, each a mean and a factor of its covariance.
 
     The trace of (S1 S2)^(1/2) is the sum of the singular values of A1 A2^T, whichever the factors.
@@ -337,5 +336,5 @@ def _distance(first, second):
     return max(0.0, float(np.sum((first[0] - second[0]) ** 2) + traces - 2.0 * overlap))
 
 
-def _redraw(generator, features):
+def _redraw(generator: np.random.Generator, features: np.ndarray) -> np.ndarray:
     return features[generator.integers(0, len(features), len(features))]

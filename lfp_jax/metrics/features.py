@@ -4,9 +4,10 @@ Its pooled features give the Fréchet distance ("FD, demo classifier") and a per
 are float32 [n, 64, 64, 3], nominally in [-1, 1]; computed in float32 at HIGHEST precision.
 """
 
+import dataclasses
 from collections.abc import Callable
 from importlib import resources
-from typing import Any
+from typing import Any, cast
 
 import flax
 import flax.linen as nn
@@ -108,7 +109,7 @@ def save(
 def round_to_float16(classifier: Classifier) -> Classifier:
     """Round the params to what `save` keeps of them, as float32."""
     params = jax.tree.map(lambda leaf: jnp.float32(np.float16(leaf)), classifier.params)
-    return classifier.replace(params=params)
+    return dataclasses.replace(classifier, params=params)
 
 
 def standardize(classifier: Classifier, pooled: np.ndarray) -> Classifier:
@@ -121,7 +122,8 @@ def standardize(classifier: Classifier, pooled: np.ndarray) -> Classifier:
     factor = 1.0 / np.sqrt(np.asarray(pooled, np.float64).var(axis=0).mean())
     head = dict(classifier.params["head"], kernel=classifier.params["head"]["kernel"] / factor)
     params = dict(classifier.params, head=head)
-    return classifier.replace(params=params, scale=jnp.float32(classifier.scale * factor))
+    scale = jnp.float32(classifier.scale * factor)
+    return dataclasses.replace(classifier, params=params, scale=scale)
 
 
 def load_classifier(*, path: str | None = None) -> Classifier:
@@ -171,7 +173,8 @@ def features(classifier: Classifier, images: jax.Array) -> jax.Array:
         raise UserError(
             f"The {NAME} takes images [n, {SIZE}, {SIZE}, 3]; got {list(images.shape)}."
         )
-    return classifier.scale * FeatureNet().apply({"params": classifier.params["net"]}, images)
+    pooled = FeatureNet().apply({"params": classifier.params["net"]}, images)
+    return classifier.scale * cast(jax.Array, pooled)
 
 
 @jax.jit
@@ -186,7 +189,7 @@ def logits(classifier: Classifier, images: jax.Array) -> dict[str, jax.Array]:
     return {name: part for (name, _), part in zip(classifier.choices, parts, strict=True)}
 
 
-def attributes(classifier: Classifier, images: jax.Array) -> dict[str, np.ndarray]:
+def attributes(classifier: Classifier, images: np.ndarray) -> dict[str, np.ndarray]:
     """Say what is on the images: {attribute: most likely label, int [n]}.
 
     The names of the labels are in `classifier.choices`.
@@ -230,5 +233,5 @@ def in_batches(network: Network, model: Any, images: np.ndarray, *, batch: int) 
         if start and count < batch:
             chunk = np.concatenate([chunk, np.repeat(chunk[-1:], batch - count, axis=0)])
         chunk = image_files.from_uint8(chunk) if chunk.dtype == np.uint8 else chunk
-        rows.append(np.asarray(network(model, chunk))[:count])
+        rows.append(np.asarray(network(model, jnp.asarray(chunk)))[:count])
     return np.concatenate(rows)

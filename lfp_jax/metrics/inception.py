@@ -8,7 +8,7 @@ All is float32 at HIGHEST precision; weights are read from pytorch-fid's file.
 
 import functools
 import os
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax
 import flax.linen as nn
@@ -299,7 +299,8 @@ def block_means(model: Inception, resized: jax.Array) -> list[jax.Array]:
         [n, 64], [n, 192], [n, 768], [n, 2048].
     """
     params = {name: part for name, part in model.params.items() if name != "fc"}
-    return [block.mean(axis=(1, 2)) for block in Blocks().apply({"params": params}, resized)]
+    blocks = cast(list[jax.Array], Blocks().apply({"params": params}, resized))
+    return [block.mean(axis=(1, 2)) for block in blocks]
 
 
 @jax.jit

@@ -23,7 +23,7 @@ _EPSILON = 1e-10  # beside the norm over channels
 class _Conv(NamedTuple):
     """A convolution and its ReLU."""
 
-    index: int  # in torchvision's `features`
+    place: int  # in torchvision's `features`
     width: int
     kernel: int = 3
     stride: int = 1
@@ -33,7 +33,7 @@ class _Conv(NamedTuple):
 class _Fire(NamedTuple):
     """SqueezeNet's block: 1x1 down, then 1x1 and 3x3 up side by side."""
 
-    index: int
+    place: int
     squeeze: int
     expand: int  # channels of each of the two
 
@@ -110,10 +110,10 @@ class FireBlock(nn.Module):
 def _apply(layer, x):
     """Apply one layer of the table inside a compact module."""
     if isinstance(layer, _Conv):
-        index, width, kernel, stride, padding = layer
-        return _convolve(x, width, kernel, stride=stride, padding=padding, name=str(index))
+        place, width, kernel, stride, padding = layer
+        return _convolve(x, width, kernel, stride=stride, padding=padding, name=str(place))
     if isinstance(layer, _Fire):
-        return FireBlock(layer.squeeze, layer.expand, name=str(layer.index))(x)
+        return FireBlock(layer.squeeze, layer.expand, name=str(layer.place))(x)
     window = (layer.window, layer.window)
     pads = [(0, (side - layer.window) % 2 if layer.ceil else 0) for side in x.shape[1:3]]
     return nn.max_pool(x, window, strides=(2, 2), padding=pads)
@@ -167,7 +167,8 @@ def load(
     like = jax.eval_shape(Backbone(network).init, jax.random.key(0), image)["params"]
     tree = backbones.backbone(backbone, network=network, like=like)
     lines = backbones.heads(heads, widths=[_width(part[-1]) for part in slices])
-    return LPIPS(*jax.tree.map(jnp.asarray, (tree, lines)), network=network)
+    tree, lines = jax.tree.map(jnp.asarray, (tree, lines))
+    return LPIPS(tree, lines, network)
 
 
 def _width(layer):

@@ -67,19 +67,19 @@ def load(
     return Reference(mean, covariance, count, source)
 
 
-def _check_width(source, found, model, network):
+def _check_width(source: str, found: int, model: Any, network: features.Network) -> None:
     needed = _width(model, network, (64, 64, 3))
     if found != needed:
         raise UserError(f"'{source}' has statistics of {found} features; needed: {needed}.")
 
 
-def _width(model, network, shape):
+def _width(model: Any, network: features.Network, shape: tuple[int, ...]) -> int:
     """Give the number of features that the network gives for images of a shape."""
     image = jax.ShapeDtypeStruct((1, *shape), np.float32)
     return jax.eval_shape(network, model, image).shape[-1]
 
 
-def _of_folder(folder, model, network, batch):
+def _of_folder(folder: str, model: Any, network: features.Network, batch: int) -> Reference:
     paths = image_files.find(folder)
     if len(paths) < 2:
         raise UserError(f"A reference needs at least 2 images; '{folder}' holds {len(paths)}.")
@@ -96,7 +96,7 @@ def _of_folder(folder, model, network, batch):
     return Reference(mean, covariance, total.count, folder)
 
 
-def _key(paths, model, network):
+def _key(paths: list[str], model: Any, network: features.Network) -> str:
     """Name what the statistics depend on: contents, network, params."""
     digest = hashlib.sha256(image_files.digest(paths).encode())
     digest.update(f"{_VERSION} {network.__module__}.{network.__qualname__}".encode())
@@ -107,11 +107,13 @@ def _key(paths, model, network):
     return digest.hexdigest()
 
 
-def _statistics(paths, width, model, network, batch):
+def _statistics(
+    paths: list[str], width: int, model: Any, network: features.Network, batch: int
+) -> distances.Statistics:
     """Gather the statistics of image files; a batch is of images of one size."""
     total = distances.statistics(np.zeros((0, width)))
     batch = max(1, min(batch, len(paths)))
-    waiting = []
+    waiting: list[np.ndarray] = []
     with Progress(len(paths), label="reference") as progress:
         for i, path in enumerate(paths):
             image = image_files.read(path)
@@ -126,7 +128,9 @@ def _statistics(paths, width, model, network, batch):
     return total
 
 
-def _batch(waiting, model, network, batch):
+def _batch(
+    waiting: list[np.ndarray], model: Any, network: features.Network, batch: int
+) -> distances.Statistics:
     """Compute the statistics of up to `batch` images, filled up so as to compile once."""
     filled = np.stack(waiting + waiting[-1:] * (batch - len(waiting)))
     rows = features.in_batches(network, model, filled, batch=batch)

@@ -21,6 +21,7 @@ import os
 import sqlite3
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -259,7 +260,7 @@ class Registry:
             "WHERE name = ? ORDER BY issues.id",
             (_normal(user),),
         )
-        return [Issue(*row[:7], json.loads(row[7]), row[8]) for row in rows]
+        return [Issue(*(*row[:7], json.loads(row[7]), row[8])) for row in rows]
 
     def noises(self, *, design: int) -> set[str]:
         """List the kinds of synthesis noise with which images of a design point were issued."""
@@ -317,41 +318,45 @@ class Registry:
                 entry["key"] = keys.to_hex(_unpack(packed, bits))
             yield entry
 
-    def _keys(self, where, values):
+    def _keys(self, where: str, values: tuple) -> list[Key]:
         rows = self._database.rows(
             "SELECT keys.id, name, basis, keys.created, revoked, keys.bits, bases.bits FROM keys "
             f"JOIN users ON users.id = user JOIN bases ON bases.id = basis {where}",
             values,
         )
-        return [Key(*fields, bits=_unpack(packed, bits)) for *fields, packed, bits in rows]
+        return [
+            Key(number, user, design, created, revoked, _unpack(packed, bits))
+            for number, user, design, created, revoked, packed, bits in rows
+        ]
 
-    def _design(self, number):
+    def _design(self, number: int) -> DesignPoint:
         designs = self.designs()
         if number not in designs:
             known = ", ".join(map(str, designs)) or "none"
             raise UserError(f"There is no design point {number}. Available: {known}.")
         return designs[number]
 
-    def _check_room(self, n, design, point, rate):
+    def _check_room(self, n: int, design: int, point: DesignPoint, rate: float) -> None:
         """Check that n more users can be told apart, and that there are n unused keys."""
         [last] = self._database.row("SELECT max(id) FROM keys", ())  # quicker than counting
         most = (last or 0) + n
-        options = {"bits": point.bits, "code": point.code}
+        available = keys.available(bits=point.bits, code=point.code)
+        check = partial(keys.check_capacity, bits=point.bits, code=point.code, rate=rate)
         try:
-            keys.check_capacity(users=most, rate=rate, **options)
+            check(users=most)
         except UserError:
             sql = "SELECT count(*) FROM keys WHERE basis = ? AND revoked IS NULL"
             users = self._database.row(sql, (design,))[0] + n
-            keys.check_capacity(users=users, rate=rate, **options)
-        if most > keys.available(**options):
+            check(users=users)
+        if most > available:
             [used] = self._database.row("SELECT count(*) FROM keys WHERE basis = ?", (design,))
-            if used + n > keys.available(**options):
+            if used + n > available:
                 raise UserError(
-                    f"Of {keys.available(**options):,} keys of {point.bits} bits {used:,} have "
+                    f"Of {available:,} keys of {point.bits} bits {used:,} have "
                     f"been given, revoked ones among them; {n:,} more are not left."
                 )
 
-    def _give_keys(self, names, design, point):
+    def _give_keys(self, names: list[str], design: int, point: DesignPoint) -> None:
         """Enter keys for users without one, drawing again where one was given before."""
         while names:
             drawn = np.packbits(keys.draw(len(names), bits=point.bits, code=point.code), axis=1)
@@ -364,7 +369,9 @@ class Registry:
                 return
             names = [name for name in names if not self._has_key(name, design)]
 
-    def _give_numbers(self, names, design, encode):
+    def _give_numbers(
+        self, names: list[str], design: int, encode: Callable[[range], np.ndarray]
+    ) -> None:
         """Enter the keys that say the numbers under which they are entered."""
         [last] = self._database.row("SELECT max(id) FROM keys", ())
         numbers = range((last or 0) + 1, (last or 0) + 1 + len(names))
@@ -377,14 +384,14 @@ class Registry:
             ),
         )
 
-    def _has_key(self, name, design):
+    def _has_key(self, name: str, design: int) -> bool:
         sql = (
             "SELECT 1 FROM keys JOIN users ON users.id = user "
             "WHERE basis = ? AND name = ? AND revoked IS NULL"
         )
         return bool(self._database.rows(sql, (design, name)))
 
-    def _check_known(self, user):
+    def _check_known(self, user: str) -> None:
         """Raise a UserError naming the nearest users if there is no such user."""
         name = _normal(user)
         if self._database.rows("SELECT 1 FROM users WHERE name = ?", (name,)):
@@ -403,11 +410,11 @@ class Registry:
         raise UserError(f"Unknown user '{user}'.{guess} {count:,} users are registered.")
 
 
-def _normal(name):
+def _normal(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _check_name(name):
+def _check_name(name: str) -> str:
     """Give the one form of a user's name."""
     name = _normal(name)
     if not 1 <= len(name) <= _LONGEST_NAME or not name.isprintable() or name != name.strip():
@@ -420,5 +427,5 @@ def _check_name(name):
     return name
 
 
-def _unpack(packed, bits):
+def _unpack(packed: bytes, bits: int) -> np.ndarray:
     return np.unpackbits(np.frombuffer(packed, np.uint8), count=bits)

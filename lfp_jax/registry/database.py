@@ -136,7 +136,7 @@ class Database:
             self._db.executemany(sql, values)
             return self._db.total_changes - before
 
-    def _execute(self, sql, values):
+    def _execute(self, sql: str, values: Any) -> sqlite3.Cursor:
         """Run a statement, waiting for our turn.
 
         SQLite's own waiting sleeps ever longer: of eight busy writers it starved one for 30 s.
@@ -151,7 +151,7 @@ class Database:
                     raise
             time.sleep(random.uniform(*_POLL_SECONDS))
 
-    def _prepare(self, create):
+    def _prepare(self, create: bool) -> None:
         """Check whose file it is, and bring its schema up to date."""
         self._execute("PRAGMA foreign_keys = ON", ())
         self._execute("PRAGMA synchronous = FULL", ())  # a key handed out is on disk
@@ -174,7 +174,7 @@ class Database:
         if version < len(_MIGRATIONS):
             self._migrate()
 
-    def _migrate(self):
+    def _migrate(self) -> None:
         with self.transaction():
             [version] = self.row("PRAGMA user_version", ())  # another process may have been quicker
             for statements in _MIGRATIONS[version:]:
@@ -185,7 +185,7 @@ class Database:
 
 
 @contextlib.contextmanager
-def _in_words(path):
+def _in_words(path: str) -> Iterator[None]:
     """Say what SQLite's errors mean; those that no user can mend pass through."""
     try:
         yield
@@ -196,7 +196,7 @@ def _in_words(path):
         raise UserError(f"'{path}' {_SAYINGS[code]}") from None
 
 
-def _check_file(path, create):
+def _check_file(path: str, create: bool) -> None:
     """Check that there is a file, or make an empty one that only its owner may read."""
     if os.path.isdir(path):
         raise UserError(f"'{path}' is not a registry: it is a folder.")

@@ -1,7 +1,8 @@
 """The figures of a page: what of the cells goes into which plot, its title and what it tells."""
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from lfp_jax.metrics import accuracy
 from lfp_jax.report import plots, tables
@@ -41,10 +42,11 @@ def tradeoffs(
         shown = [cell for cell in cells if tables.has(cell, column)]
         x = {cell.name: cell.quantities[name].interval for cell in shown}
         better = "lower" if _FALLING[name] else "higher"
-        options = {"falling": _FALLING[name], "front": True}
+        options: dict[str, Any] = {"falling": _FALLING[name], "front": True}
         if name == "fd":
-            plain = {tables.value(cell, "fd_plain") for cell in shown} - {None}
-            options["marks"] = [("plain images", distance) for distance in sorted(plain)]
+            plain = {tables.value(cell, "fd_plain") for cell in shown}
+            known = sorted(distance for distance in plain if distance is not None)
+            options["marks"] = [("plain images", distance) for distance in known]
         xlabel = f"{_drawable(tables.label(column), 60)}\n({better} is better)"
         title = f"Accuracy against {tables.LABELS[name]} {under}"
         figures += _accuracy(shown, x, xlabel, title, fields, everything, **options)
@@ -72,7 +74,15 @@ def along(
     return figures
 
 
-def _accuracy(cells, x, xlabel, title, fields, everything, **options):
+def _accuracy(
+    cells: Sequence[Cell],
+    x: dict[str, tuple[float, float, float]],
+    xlabel: str,
+    title: str,
+    fields: Sequence[str],
+    everything: Sequence[Cell],
+    **options: Any,
+) -> list[dict[str, str]]:
     fields = fields[:_SLOTS]
     points = []
     for cell in cells:
@@ -91,16 +101,16 @@ def _accuracy(cells, x, xlabel, title, fields, everything, **options):
     return [_figure(svg, title, f"{len(points)} points; the tables hold their numbers")]
 
 
-def _measured(cell, name):
+def _measured(cell: Cell, name: str) -> bool:
     return tables.value(cell, name) is not None
 
 
-def _named(fields, values):
+def _named(fields: Sequence[str], values: Iterable[str]) -> tuple[str, ...]:
     pairs = zip(fields, values, strict=True)
     return tuple(_drawable(f"{field} {value}", 40) for field, value in pairs)
 
 
-def _drawable(text, most):
+def _drawable(text: str, most: int) -> str:
     """Make a text from a file fit for a figure: short, and without control characters."""
     text = "".join(each if each.isprintable() else " " for each in text)
     return text if len(text) <= most else f"{text[: most - 1]}…"
@@ -108,21 +118,21 @@ def _drawable(text, most):
 
 def reliability(cells: Sequence[Cell], *, under: str) -> list[dict[str, str]]:
     """Plot the reliability of soft bits, those of all design points together; as `tradeoffs`."""
-    series = {}
+    found: dict[str, list[dict[str, float]]] = {}
     for cell in (cell for cell in cells if cell.reliability):
         estimator = _drawable(tables.text(cell.settings.get("estimator")), 40)
-        series.setdefault(estimator, []).extend(cell.reliability)
-    if not series:
+        found.setdefault(estimator, []).extend(cell.reliability)
+    if not found:
         return []
-    series = {name: _pool(bins) for name, bins in series.items()}
+    series = {name: _pool(bins) for name, bins in found.items()}
     bits = sum(each["bits"] for bins in series.values() for each in bins)
     svg = plots.reliability_svg(series)
     return [_figure(svg, f"Reliability of soft bits {under}", f"{bits:,.0f} bits")]
 
 
-def _pool(bins):
+def _pool(bins: list[dict[str, float]]) -> list[dict[str, float]]:
     """Throw together bins that have the same bounds."""
-    groups = {}
+    groups: dict[tuple[float, float], list[dict[str, float]]] = {}
     for each in bins:
         groups.setdefault((each["lowest"], each["highest"]), []).append(each)
     out = []
@@ -152,6 +162,6 @@ def spectra(found: Sequence[Spectrum], cells: Sequence[Cell]) -> list[dict[str, 
     return figures
 
 
-def _figure(svg, title, told):
+def _figure(svg: str, title: str, told: str) -> dict[str, str]:
     data = svg[svg.index("<svg") :].encode()
     return {"uri": uri("image/svg+xml", data), "title": title, "alt": f"Plot: {title}. {told}."}

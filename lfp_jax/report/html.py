@@ -4,17 +4,20 @@ The page holds all that it shows and asks no network. Whatever comes from files 
 """
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
 from lfp_jax import images, logs
 from lfp_jax.errors import UserError
 from lfp_jax.report import figures, results, spectrum, tables
+from lfp_jax.report.results import Cell
 
 _GLANCE = ("bit_accuracy", "word_accuracy", "right_user_first", "psnr", "lpips", "fd")
 _MOST_BYTES = 12_000_000  # of pictures as they are; more than that come as JPEG
-_JPEG = {"quality": 88, "subsampling": "4:4:4"}
+_QUALITY = 88  # of those
 
 
 def write(workdir: str | os.PathLike) -> tuple[Path, list[str]]:
@@ -45,7 +48,13 @@ def write(workdir: str | os.PathLike) -> tuple[Path, list[str]]:
     return page, problems
 
 
-def _page(name, cells, varied, spectra, problems):
+def _page(
+    name: str,
+    cells: list[Cell],
+    varied: list[str],
+    spectra: list[spectrum.Spectrum],
+    problems: list[str],
+) -> str:
     carried = [field for field in varied if field != "attack"]  # what tells design points apart
     designs = list(dict.fromkeys(tables.values(cell, carried) for cell in cells))
     number = {cell.name: 1 + designs.index(tables.values(cell, carried)) for cell in cells}
@@ -80,12 +89,14 @@ def _page(name, cells, varied, spectra, problems):
     )
 
 
-def _section(attack, measured, carried, number):
+def _section(
+    attack: str, measured: list[Cell], carried: list[str], number: dict[str, int]
+) -> dict[str, Any]:
     """Give the template all of an attack."""
     cells, under = [cell for cell in measured if cell.attack == attack], f"under {attack}"
     columns, front = tables.columns(cells), _front(cells)
     fields = [field for field in carried if field != "strength"]
-    options = {"everything": measured, "under": under}
+    options: dict[str, Any] = {"everything": measured, "under": under}
     return {
         "attack": attack,
         "columns": [tables.head(cells, column) for column in columns],
@@ -104,10 +115,16 @@ def _section(attack, measured, carried, number):
     }
 
 
-def _best(attack, measured, columns, carried, number):
+def _best(
+    attack: str,
+    measured: list[Cell],
+    columns: list[tuple[str, str]],
+    carried: list[str],
+    number: dict[str, int],
+) -> dict[str, Any]:
     """Give the template the design point from which most keys come back."""
 
-    def goodness(cell):
+    def goodness(cell: Cell) -> list[float]:
         values = [tables.value(cell, name) for name in ("word_accuracy", "bit_accuracy", "psnr")]
         return [float("-inf") if value is None else value for value in values]
 
@@ -119,37 +136,44 @@ def _best(attack, measured, columns, carried, number):
     }
 
 
-def _front(cells):
+def _front(cells: list[Cell]) -> set[str]:
     """Give the names of the cells that no other beats in both bit accuracy and PSNR."""
-    names = ("bit_accuracy", "psnr")
-    pairs = {cell.name: [tables.value(cell, name) for name in names] for cell in cells}
-    pairs = {name: pair for name, pair in pairs.items() if None not in pair}
+    pairs = {}
+    for cell in cells:
+        bits, psnr = tables.value(cell, "bit_accuracy"), tables.value(cell, "psnr")
+        if bits is not None and psnr is not None:
+            pairs[cell.name] = bits, psnr
     return {
         name
         for name, (a, b) in pairs.items()
-        if not any(c >= a and d >= b and [c, d] != [a, b] for c, d in pairs.values())
+        if not any(c >= a and d >= b and (c, d) != (a, b) for c, d in pairs.values())
     }
 
 
-def _listed(levels):
+def _listed(levels: list[Any]) -> str:
     return ", ".join(map(tables.text, levels))
 
 
-def _common(cells, varied):
+def _common(cells: list[Cell], varied: list[str]) -> list[tuple[str, str]]:
     settings = {name: value for cell in cells for name, value in cell.settings.items()}
     return [(name, tables.text(value)) for name, value in settings.items() if name not in varied]
 
 
-def _pairs(cell, fields):
+def _pairs(cell: Cell, fields: list[str]) -> list[tuple[str, str]]:
     return list(zip(fields, tables.values(cell, fields), strict=True))
 
 
-def _failure(cell, carried, number):
+def _failure(cell: Cell, carried: list[str], number: dict[str, int]) -> dict[str, Any]:
     settings = [("attack", cell.attack), *_pairs(cell, carried)]
     return {"number": number[cell.name], "settings": settings, "error": cell.error}
 
 
-def _pictures(cells, designs, carried, number):
+def _pictures(
+    cells: list[Cell],
+    designs: list[tuple[str, ...]],
+    carried: list[str],
+    number: dict[str, int],
+) -> list[dict[str, Any]]:
     """Give each design point's sheets."""
     points, heavy = [], _are_heavy(cells)
     for i, values in enumerate(designs, 1):
@@ -170,23 +194,24 @@ def _pictures(cells, designs, carried, number):
     return points
 
 
-def _are_heavy(cells):
+def _are_heavy(cells: list[Cell]) -> bool:
     """Tell whether the files of pictures are too much for one page."""
     return sum(len(cell.picture or b"") for cell in cells) > _MOST_BYTES
 
 
-def _sheet(png, heavy):
+def _sheet(png: bytes, heavy: bool) -> str:
     if not heavy:
         return figures.uri("image/png", png)
-    return figures.uri("image/jpeg", images.encode_jpeg(images.decode_png(png), **_JPEG))
+    jpeg = images.encode_jpeg(images.decode_png(png), quality=_QUALITY, subsampling="4:4:4")
+    return figures.uri("image/jpeg", jpeg)
 
 
-def _unique(texts):
+def _unique(texts: Iterable[dict[str, str]]) -> list[tuple[tuple[str, str], ...]]:
     """Give the different ones among some dicts, each as its items."""
     return list(dict.fromkeys(tuple(each.items()) for each in texts if each))
 
 
-def _template():
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("lfp_jax", "report"), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined,

@@ -8,10 +8,12 @@ import dataclasses
 import io
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -23,12 +25,14 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 _MARKERS = "os^Dv<>PX*"
 _DASHES = ("-", "--", ":", "-.")
 _WIDTH = 4.4  # inches of a figure on a page: its text is then as large as the page's on a phone
-_MARK = {"color": "0.45", "linewidth": 0.8, "linestyle": (0, (1, 2))}
-_PAGE = {
+_MARK: dict[str, Any] = {"color": "0.45", "linewidth": 0.8, "linestyle": (0, (1, 2))}
+_PAGE: dict[Any, Any] = {  # newer versions of matplotlib list the names as a type
     "text.parse_math": False,  # a dollar sign in a name is one
     "svg.fonttype": "none", "svg.hashsalt": "lfp_jax", "font.size": 9.5, "axes.edgecolor": "0.3",
     "axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 9.0,
 }  # fmt: skip
+
+_Interval = tuple[float, float, float]  # a value, and its ends
 
 _LOSSES = {"d_loss": "discriminator (nats)", "g_loss": "generator (nats)"}
 _ERRORS = {
@@ -84,7 +88,7 @@ def reliability(path: str | os.PathLike, bins: Iterable[dict[str, Any]]) -> None
 
 
 @matplotlib.rc_context(_PAGE)
-def reliability_svg(series: dict[str, Sequence[dict[str, Any]]]) -> str:
+def reliability_svg(series: Mapping[str, Sequence[dict[str, Any]]]) -> str:
     """Draw what `reliability` does as SVG text, a colour for each series: {label: its bins}."""
     return _svg(_reliability(_figure(_WIDTH), series))
 
@@ -93,8 +97,8 @@ def reliability_svg(series: dict[str, Sequence[dict[str, Any]]]) -> str:
 class Point:
     """A point in every panel of a figure, each value with the ends of its interval."""
 
-    x: tuple[float, float, float]
-    y: dict[str, tuple[float, float, float]]  # {label of the panel's axis: value}
+    x: _Interval
+    y: dict[str, _Interval]  # {label of the panel's axis: value}
     style: tuple[str, ...]  # what its colour, marker and dashes stand for; may be empty
 
 
@@ -152,7 +156,7 @@ def points_svg(
 
 @matplotlib.rc_context(_PAGE)
 def spectrum_svg(
-    series: dict[str, tuple[Sequence[float], Sequence[float]]],
+    series: dict[str, tuple[np.ndarray, np.ndarray]],
     *,
     ylabel: str,
     marks: Sequence[float] = (),
@@ -181,7 +185,7 @@ def spectrum_svg(
     return _svg(figure)
 
 
-def _reliability(figure, series):
+def _reliability(figure: Figure, series: Mapping[str, Sequence[dict[str, Any]]]) -> Figure:
     axis = figure.subplots()
     axis.plot([0.0, 0.5], [0.0, 0.5], color="grey", linewidth=0.8, label="calibrated")
     for (label, bins), colour in zip(series.items(), COLOURS, strict=False):
@@ -205,7 +209,7 @@ def _reliability(figure, series):
     return figure
 
 
-def _line(axis, pairs, look):
+def _line(axis: Axes, pairs: list[tuple[_Interval, _Interval]], look: dict[str, Any]) -> None:
     pairs = [(x, y) for x, y in pairs if None not in (x[0], y[0])]
     if not pairs:
         return
@@ -216,7 +220,7 @@ def _line(axis, pairs, look):
     )  # fmt: skip
 
 
-def _bars(intervals):
+def _bars(intervals: list[_Interval]) -> tuple[list[float], list[list[float]]]:
     """Give values, and the lengths of their bars below and above."""
     values = [value for value, _, _ in intervals]
     below = [max(value - low, 0.0) for value, low, _ in intervals]
@@ -224,7 +228,7 @@ def _bars(intervals):
     return values, [below, above]
 
 
-def _front(axis, pairs, falling):
+def _front(axis: Axes, pairs: list[tuple[float, float]], falling: bool) -> None:
     """Draw the staircase of the points that no other beats in both coordinates."""
     best, stairs = -1.0, []
     for x, y in sorted(pairs, key=lambda pair: (pair[0] if falling else -pair[0], -pair[1])):
@@ -236,21 +240,21 @@ def _front(axis, pairs, falling):
     )
 
 
-def _rate_axis(axis):
+def _rate_axis(axis: Axes) -> None:
     """Show a rate from a whole tenth below the lowest up to one."""
     low, high = axis.get_ylim()
     if high <= 1.1:
         axis.set_ylim(max(math.floor(10 * low) / 10, 0.0) - 0.03, 1.03)
 
 
-def _look(style, legend):
+def _look(style: tuple[str, ...], legend: Sequence[Sequence[str]]) -> dict[str, Any]:
     places = [known.index(label) for label, known in zip(style, legend, strict=False)]
-    colour, marker, dashes = (places + [0, 0, 0])[:3]
+    hue, marker, dashes = (places + [0, 0, 0])[:3]
     count = len(legend[0]) if legend else 1
     if count <= len(COLOURS):
-        colour = COLOURS[colour]
+        colour: Any = COLOURS[hue]
     else:  # too many to tell apart by hue: by lightness, in their order
-        colour = matplotlib.colormaps["cividis"](0.9 * colour / (count - 1))
+        colour = matplotlib.colormaps["cividis"](0.9 * hue / (count - 1))
     return {
         "color": colour,
         "marker": _MARKERS[marker % len(_MARKERS)],
@@ -258,7 +262,13 @@ def _look(style, legend):
     }
 
 
-def _legend(figure, groups, legend, marks, front):
+def _legend(
+    figure: Figure,
+    groups: Iterable[tuple[str, ...]],
+    legend: Sequence[Sequence[str]],
+    marks: Sequence[tuple[str, float]],
+    front: bool,
+) -> None:
     """Tell below the panels what colours, markers, dashes and lines stand for."""
     entries = []
     for slot, known in enumerate(legend):
@@ -282,7 +292,13 @@ def _legend(figure, groups, legend, marks, front):
         figure.legend(handles=entries, loc="outside lower center", ncols=2, frameon=False)
 
 
-def _curve(path, lines, panels, *, along):
+def _curve(
+    path: str | os.PathLike,
+    lines: Iterable[dict[str, Any]],
+    panels: list[dict[str, Any]],
+    *,
+    along: str,
+) -> None:
     """Draw panels of series of the lines, one above the other; one that has none is left out."""
     lines = sorted(lines, key=lambda line: line[along])
     panels = [p for p in panels if any(_series(lines, name, along)[0] for name in p["series"])]
@@ -303,23 +319,23 @@ def _curve(path, lines, panels, *, along):
     _write(figure, path)
 
 
-def _series(lines, name, along):
+def _series(lines: list[dict[str, Any]], name: str, along: str) -> tuple[list, list]:
     """Give the places and values of the lines that have a value (null in JSON: not finite)."""
     kept = [line for line in lines if line.get(name) is not None]
     return [line[along] for line in kept], [line[name] for line in kept]
 
 
-def _write(figure, path):
+def _write(figure: Figure, path: str | os.PathLike) -> None:
     FigureCanvasAgg(figure)
     with files.replacing(path) as part:
         figure.savefig(part, format="png")
 
 
-def _figure(height):
+def _figure(height: float) -> Figure:
     return Figure(figsize=(_WIDTH, height), layout="constrained")
 
 
-def _svg(figure):
+def _svg(figure: Figure) -> str:
     """Render to SVG text that is the same every time, its text as text."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})

@@ -30,7 +30,13 @@ class Quantity:
 
     @property
     def interval(self) -> tuple[float, float, float]:
-        """The value and the ends of its interval, which are the value where there is none."""
+        """The value and the ends of its interval, which are the value where there is none.
+
+        Raises:
+            ValueError: it was not measured.
+        """
+        if self.value is None:
+            raise ValueError("What was not measured has no interval.")
         low = self.value if self.low is None else self.low
         return self.value, low, self.value if self.high is None else self.high
 
@@ -89,7 +95,7 @@ class _Damaged(Exception):
     """A line that says what is wrong with a file."""
 
 
-def _read(path):
+def _read(path: Path) -> tuple[Cell, list[str]]:
     """Give the Cell of a file, and what its picture lacks."""
     record = _object(_load(path), "the file")
     grid = path.name != "metrics.json"
@@ -114,7 +120,7 @@ def _read(path):
     return cell, lacking
 
 
-def _load(path):
+def _load(path: Path) -> Any:
     try:
         # JSON has no NaN, but Python writes it: not finite is not measured.
         return json.loads(path.read_bytes(), parse_constant=lambda _: None)
@@ -125,14 +131,14 @@ def _load(path):
         raise _Damaged(f"it holds no JSON ({cause}).") from None
 
 
-def _object(value, what):
+def _object(value: Any, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _Damaged(f"{what} must hold a JSON object.")
     return value
 
 
-def _flat(settings, above=""):
-    flat = {}
+def _flat(settings: dict[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     for name, value in settings.items():
         flat |= (
             _flat(value, f"{above}{name}.") if isinstance(value, dict) else {above + name: value}
@@ -140,11 +146,11 @@ def _flat(settings, above=""):
     return flat
 
 
-def _texts(value):
+def _texts(value: Any) -> dict[str, str]:
     return {str(k): str(v) for k, v in value.items()} if isinstance(value, dict) else {}
 
 
-def _quantities(measured):
+def _quantities(measured: dict[str, Any]) -> dict[str, Quantity]:
     found = {}
     for name, entry in measured.items():
         if name in _BESIDE or not isinstance(entry, dict) or "value" not in entry:
@@ -152,16 +158,17 @@ def _quantities(measured):
         notes = [entry[note] for note in _NOTES if entry.get(note)]
         if entry.get("reference"):
             notes.append(f"against {entry['reference']}")
-        if entry.get("decoys"):
-            notes.append(f"of {_number(entry, 'decoys', name):,.0f}")
-        numbers = [_number(entry, field, name) for field in ("value", "low", "high")]
+        decoys = _number(entry, "decoys", name)
+        if decoys:
+            notes.append(f"of {decoys:,.0f}")
+        value, low, high = (_number(entry, field, name) for field in ("value", "low", "high"))
         n = _number(entry, "images", name)
-        n = None if n is None else int(n)
-        found[name] = Quantity(*numbers, n, ", ".join(map(str, notes)))
+        note = ", ".join(map(str, notes))
+        found[name] = Quantity(value, low, high, None if n is None else int(n), note)
     return found
 
 
-def _number(entry, field, name):
+def _number(entry: dict[str, Any], field: str, name: str) -> float | None:
     value = entry.get(field)
     if value is None:
         return None
@@ -174,14 +181,15 @@ def _number(entry, field, name):
     return value if math.isfinite(value) else None
 
 
-def _bins(bins):
+def _bins(bins: Any) -> list[dict[str, float]]:
     if not isinstance(bins, list):
         raise _Damaged("'reliability' must be a list.")
     out = []
     for each in bins:
         each = _object(each, "each of 'reliability'")
-        numbers = {name: _number(each, name, "reliability") for name in _BIN}
-        if None in numbers.values():
+        found = {name: _number(each, name, "reliability") for name in _BIN}
+        numbers = {name: number for name, number in found.items() if number is not None}
+        if len(numbers) < len(_BIN):
             raise _Damaged(f"'reliability' needs {', '.join(_BIN)} in each bin.")
         if not (0.0 <= numbers["wrong"] <= 1.0 and numbers["bits"] >= 1.0):
             raise _Damaged("'reliability' has shares outside 0..1, or bins without bits.")
@@ -189,13 +197,13 @@ def _bins(bins):
     return out
 
 
-def _rows(settings):
+def _rows(settings: dict[str, Any]) -> list[str]:
     """Name the rows of an experiment's sheet."""
     attacked = ["attacked"] if str(settings.get("attack", "none")) != "none" else []
     return ["plain", "fingerprinted", "difference x 10", *attacked, "reconstructed"]
 
 
-def _picture(path, name):
+def _picture(path: Path, name: Any) -> tuple[bytes | None, list[str]]:
     """Read the picture that a file names: PNG bytes or None, and what is wrong."""
     if name is None:
         return None, []

@@ -82,13 +82,16 @@ def along(
     return found
 
 
-def _load(path):
+def _load(path: Path) -> Spectrum:
     try:
         record = json.loads(path.read_bytes())
-        rows = [np.asarray(record[name], np.float64) for name in ("stddev", "sensitivity")]
-        if rows[0].ndim != 1 or rows[0].shape != rows[1].shape or not np.isfinite(rows).all():
+        names = ("stddev", "sensitivity")
+        spread, change = (np.asarray(record[name], np.float64) for name in names)
+        if spread.ndim != 1 or spread.shape != change.shape:
             raise ValueError
-        return Spectrum(str(record["basis"]), *rows, _RMS)
+        if not np.isfinite([spread, change]).all():
+            raise ValueError
+        return Spectrum(str(record["basis"]), spread, change, _RMS)
     except (ValueError, TypeError, KeyError, RecursionError):
         raise UserError(
             f"'{path}' is left out: it must hold a 'basis' and as many numbers in 'stddev' as in "

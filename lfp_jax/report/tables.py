@@ -102,10 +102,11 @@ def entry(cell: Cell, column: tuple[str, str]) -> dict[str, str]:
     if not has(cell, column):
         return {"value": "", "interval": "", "images": ""}
     quantity = cell.quantities[column[0]]
-    bounds = (quantity.low, quantity.high)
-    interval = "" if None in bounds else " – ".join(_number(each, column[0]) for each in bounds)
+    measured, _, _ = quantity.interval
+    bounds = [each for each in (quantity.low, quantity.high) if each is not None]
+    interval = " – ".join(_number(each, column[0]) for each in bounds) if len(bounds) == 2 else ""
     images = "" if quantity.images is None else f"{quantity.images:,} images"
-    return {"value": _number(quantity.value, column[0]), "interval": interval, "images": images}
+    return {"value": _number(measured, column[0]), "interval": interval, "images": images}
 
 
 def to_csv(cells: Sequence[Cell]) -> str:
@@ -124,11 +125,11 @@ def to_csv(cells: Sequence[Cell]) -> str:
     return lines.getvalue()
 
 
-def _named(name):
+def _named(name: str) -> str:
     return LABELS.get(name, name.replace("_", " "))
 
 
-def _number(value, name):
+def _number(value: float, name: str) -> str:
     if name in _SHARES:
         return f"{value:.3f}"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -85,7 +85,7 @@ def train(
         key_measure, classifier, seen=images[: len(held_out)], held_out=held_out, truth=truth
     )
     metrics["seconds"] = {"value": round(time.monotonic() - begin, 1)}
-    settings = {"steps": steps, "batch_size": batch_size, "seed": seed}
+    settings: dict[str, float] = {"steps": steps, "batch_size": batch_size, "seed": seed}
     settings["learning_rate"] = learning_rate
     metadata = {"note": _NOTE, "settings": settings, "metrics": metrics}
     path = os.path.join(workdir, "demo-classifier")

@@ -145,7 +145,8 @@ def _builder(folder: str, choices: dict[str, list[str]]) -> Any:
             "Reading training pictures needs the extra: pip install 'lfp_jax[data]'."
         ) from None
 
-    class ToonHead(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    # Its class takes the argument, but tells no types.
+    class ToonHead(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
         """Faces of the DiceBear style toon-head (CC BY 4.0): file path and labels."""
 
         VERSION = tfds.core.Version("1.0.0")

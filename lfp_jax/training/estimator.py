@@ -133,7 +133,7 @@ def train(
         return _bit_accuracies(of_batch, starts, training.attack_names(chain))
 
     # --- steps -----------------------------------------------------------------------------------
-    if start < steps and first:
+    if start < steps and log is not None:
         log.truncate(start)
     done, window = start, Window(start, batch=batch, digits=6)
     line = Progress(max(steps, start) * batch, unit="pairs", label="train", start=start * batch)
@@ -147,12 +147,12 @@ def train(
             last = done == steps
             if done % log_every == 0 or last:
                 record, rate = window.close(done)
-                if first:
+                if log is not None:
                     log.write(done, pairs=done * batch, **record, pairs_per_second=rate)
                 progress.update(done * batch, loss=record["loss"], bits=record["bit_accuracy"])
             if done % evaluate_every == 0 and not last:
                 found = measure(state.average)
-                if first:
+                if log is not None:
                     log.write(done, pairs=done * batch, fresh=found)
                 window.restart_clock(done)
             if done % save_every == 0 or last:
@@ -163,7 +163,7 @@ def train(
     params = jax.tree.map(lambda x: np.float32(np.float16(x)), jax.device_get(state.average))
     found = measure(sharding.replicate(mesh, params))
     estimator = estimator.replace(params=params)
-    if first:
+    if log is not None:
         if start < steps:
             log.write(done, pairs=done * batch, fresh=found)
         _write(workdir, estimator, found, pairs=done * batch, attacks=attacks, seed=seed)

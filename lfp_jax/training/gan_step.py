@@ -9,6 +9,7 @@ Mescheder et al. (arXiv 1801.04406).
 """
 
 from functools import partial
+from typing import cast
 
 import flax.struct
 import jax
@@ -152,7 +153,7 @@ def _generate(params, ws, noise, hyper):
 
 def _logits(params, images, hyper):
     module = stylegan2.ResnetDiscriminator(hyper.d_arch)
-    return module.apply({"params": params}, images)[:, 0]
+    return cast(jax.Array, module.apply({"params": params}, images))[:, 0]
 
 
 def discriminator_loss(params, real, fake, hyper, *, penalise):

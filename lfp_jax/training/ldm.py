@@ -393,8 +393,8 @@ def _sample(key, generator, start, *, steps):
 def _show(first, u8):
     """Lay out rows of pictures, each above its reconstructions."""
     u8 = u8[: _SHOWN // 2]
-    pairs = zip(image_files.from_uint8(u8), np.asarray(_reconstruct(first, u8)), strict=True)
-    pairs = list(pairs)
+    made = np.asarray(_reconstruct(first, u8))
+    pairs = list(zip(image_files.from_uint8(u8), made, strict=True))
     rows = [pairs[i : i + _COLUMNS] for i in range(0, len(pairs), _COLUMNS)]
     return np.stack([image for row in rows for side in zip(*row, strict=True) for image in side])
 

@@ -76,12 +76,12 @@ def frechet(key, draw, n, *, draws=0):
         {"value", "low" and "high" if there are draws, "features", "reference", "images"}.
     """
     classifier = features.load_classifier()
-    rows, count = [], 0
+    parts, count = [], 0
     while count < n:
         made = image_files.to_uint8(np.asarray(draw(count)))
-        rows.append(features.features_in_batches(classifier, made, batch=len(made)))
+        parts.append(features.features_in_batches(classifier, made, batch=len(made)))
         count += len(made)
-    rows, reference = np.concatenate(rows)[:n], features.load_reference()
+    rows, reference = np.concatenate(parts)[:n], features.load_reference()
     note = {"features": features.NAME, "reference": "held-out pictures", "images": n}
     if not draws:
         return {"value": distances.frechet(*distances.moments(rows), *reference), **note}

@@ -13,7 +13,7 @@ from lfp_jax.weights.tables import Row, conv, linear, shaped
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 # The classifiers behind torchvision's backbones: weights that no metric uses.
-_CLASSIFIERS = {
+_CLASSIFIERS: dict[str, dict[str, tuple[int, ...]]] = {
     "vgg": {"0": (4096, 25088), "3": (4096, 4096), "6": (1000, 4096)},
     "alex": {"1": (4096, 9216), "4": (4096, 4096), "6": (1000, 4096)},
     "squeeze": {"1": (1000, 512, 1, 1)},

@@ -254,8 +254,8 @@ def _attends(r, width, depth, *, up):
 
 def unet_names(sizes, *, prefix):
     """Give the original's names of a UNet's layers: dict from place to name."""
-    levels, names = len(sizes["channels"]), {}
-    names |= {"time0": "time_embed.0", "time1": "time_embed.2", "label": "label_emb"}
+    levels = len(sizes["channels"])
+    names = {"time0": "time_embed.0", "time1": "time_embed.2", "label": "label_emb"}
     names |= {"stem": "input_blocks.0.0", "norm_out": "out.0", "conv_out": "out.2"}
     n = 1
     for i in range(levels):

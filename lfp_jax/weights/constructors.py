@@ -7,6 +7,7 @@ size, stride and offset is checked against the storage before a view is made.
 import math
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
@@ -76,7 +77,8 @@ class DType:
 
     def __init__(self, code):
         """Hold the code."""
-        self._code, self._order = code, "="
+        self._code = code
+        self._order: Literal["<", ">", "|", "="] = "="
 
     def build(self, state):
         """Take the byte order from a dtype's pickled state."""
@@ -95,9 +97,8 @@ class DType:
 def native(data, dtype):
     """Return the bytes of a big-endian storage in this machine's order."""
     unit = dtype.itemsize // 2 if dtype.kind == "c" else dtype.itemsize
-    return memoryview(np.frombuffer(data, f"V{unit}").view(f">u{unit}").astype(f"=u{unit}")).cast(
-        "B"
-    )
+    numbers = np.frombuffer(data, f"V{unit}").view(f">u{unit}").astype(f"=u{unit}")
+    return numbers.data.cast("B")
 
 
 def _sizes(values, what):
@@ -214,7 +215,8 @@ class Constructors:
             if math.prod(shape) * dtype.itemsize != len(data):
                 raise Invalid(f"a numpy array of shape {shape} has {len(data)} bytes")
             self.budget.spend(copied=len(data))
-            target.__setstate__((1, shape, dtype, bool(by_column), bytes(data)))
+            # Numpy says np.bool here; what it has always pickled is Python's.
+            target.__setstate__((1, shape, dtype, bool(by_column), bytes(data)))  # type: ignore[arg-type]
         else:
             raise Invalid(f"its pickle sets the state of a {type(target).__name__}")
 
@@ -233,7 +235,7 @@ class Constructors:
         return {simple(key): value for key, value in self._items(items)}
 
     def _text_bytes(self, *arguments):
-        text, encoding = (*arguments, *("", "latin-1")[len(arguments) :])
+        text, encoding = list(arguments) + ["", "latin-1"][len(arguments) :]
         if isinstance(text, bytes | bytearray):
             return text
         if not isinstance(text, str) or encoding not in ("latin1", "latin-1", "utf-8"):

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -297,7 +298,8 @@ def _read_folder(path, hparams):
         # Alone a first stage is what its own code computes; the factor is a pipeline's.
         scale, shift = diffusers.scaling(first[0], what=f"'{first[1]}'")
     scale = _positive(hparams.get("scale_factor", scale))
-    made, weights = {}, []
+    made: dict[str, Any] = {}
+    weights = []
     for name, model, reader in (("first_stage", first, _hub_first), ("unet", unet, _hub_unet)):
         tree, sizes = None, None
         if model:

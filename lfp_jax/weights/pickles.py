@@ -13,6 +13,8 @@ import struct
 import zipfile
 import zlib
 
+import numpy as np
+
 from lfp_jax.errors import UserError
 from lfp_jax.weights.constructors import Constructors, Storage, StorageType, native
 from lfp_jax.weights.machine import Budget, Invalid, Machine, Opaque, Stream, show
@@ -119,7 +121,7 @@ def _read_zip(data, constructors):
     prefix = pickles[0].removesuffix("data.pkl")
     if f"{prefix}constants.pkl" in members:
         raise Invalid("it is a TorchScript program, not a checkpoint of tensors")
-    order = _member(data, members, f"{prefix}byteorder") if f"{prefix}byteorder" in members else ""
+    order = _member(data, members, f"{prefix}byteorder") if f"{prefix}byteorder" in members else b""
     swap = bytes(order or b"little") == b"big"
     cache = {}
 
@@ -206,7 +208,7 @@ def _read_legacy(data, constructors):
         raise Invalid(f"it is a torch file of another protocol than {_PROTOCOL}")
     system = _plain_pickle(stream, constructors)
     start = stream.position
-    measured = {}
+    measured: dict[str, tuple[np.dtype, int]] = {}
 
     def measure(value):
         if isinstance(value, tuple) and value[:1] == ("module",):

@@ -71,6 +71,5 @@ def write(path, *, mean, covariance, count):
         count: images they were taken from.
     """
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    arrays = {"mu": np.float64(mean), "sigma": np.float64(covariance), "count": np.int64(count)}
     with files.replacing(path) as part, open(part, "wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, mu=np.float64(mean), sigma=np.float64(covariance), count=np.int64(count))

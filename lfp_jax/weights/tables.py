@@ -8,7 +8,7 @@ shape are errors that name it. Trees are nested dicts of float32 numpy arrays.
 import math
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -50,7 +50,7 @@ def convert(tensors, rows, *, what, model="StyleGAN2"):
     unknown = [name for name in tensors if name not in known]
     if unknown:
         raise UserError(f"{what} has tensors with no place in a {model}: {some(unknown)}.")
-    tree = {}
+    tree: dict[str, Any] = {}
     for row in rows:
         value = _checked(tensors[row.name], row, what)
         if row.place:

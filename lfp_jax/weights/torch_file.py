@@ -17,7 +17,7 @@ def write(path, content):
         content: dicts with text keys, of dicts and arrays; arrays become contiguous tensors.
     """
     os.makedirs(os.path.dirname(os.fspath(path)) or ".", exist_ok=True)
-    arrays = []
+    arrays: list[np.ndarray] = []
     body = b"\x80\x02" + _opcodes(content, arrays) + b"."
     with files.replacing(path) as part, zipfile.ZipFile(part, "w") as archive:
         archive.writestr("model/data.pkl", body)
