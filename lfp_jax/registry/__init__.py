@@ -27,12 +27,14 @@ import numpy as np
 
 from lfp_jax import keys
 from lfp_jax.errors import UserError
+from lfp_jax.fingerprint import CODES
 from lfp_jax.registry.database import NOW, Database
 from lfp_jax.registry.records import DesignPoint, Issue, Key, PackedKeys
 
 __all__ = ["DesignPoint", "Issue", "Key", "PackedKeys", "Registry"]
 
 _LONGEST_NAME = 200
+_MOST_BITS = 2**20  # of a key; no generator has as many latent directions
 _FEW = 10_000  # so many names are searched for the nearest; of more, the alphabetical neighbours
 _NEIGHBOURS = 500
 _ROWS = 10_000  # fetched at once
@@ -97,7 +99,7 @@ class Registry:
             "location FROM bases JOIN generators ON generators.id = generator ORDER BY bases.id",
             (),
         )
-        return {number: DesignPoint(*fields) for number, *fields in rows}
+        return {number: self._read_point(fields) for number, *fields in rows}
 
     def register(
         self,
@@ -207,6 +209,8 @@ class Registry:
         for rows in self._database.chunks(f"{sql} ORDER BY id", (design,), size=_ROWS):
             some_ids, some_keys = zip(*rows, strict=True)
             ids.append(np.array(some_ids, np.int64))
+            if {len(key) if isinstance(key, bytes) else None for key in some_keys} != {width}:
+                raise self._database.damaged()
             packed.append(np.frombuffer(b"".join(some_keys), np.uint8).reshape(-1, width))
         return PackedKeys(np.concatenate(ids), np.concatenate(packed), bits)
 
@@ -259,7 +263,7 @@ class Registry:
             "WHERE name = ? ORDER BY issues.id",
             (_normal(user),),
         )
-        return [Issue(*row[:7], json.loads(row[7]), row[8]) for row in rows]
+        return [self._read_issue(row) for row in rows]
 
     def noises(self, *, design: int) -> set[str]:
         """List the kinds of synthesis noise with which images of a design point were issued."""
@@ -314,7 +318,7 @@ class Registry:
         for *fields, packed, bits in itertools.chain.from_iterable(chunks):
             entry = dict(zip(("user", "design", "created", "revoked"), fields, strict=True))
             if show_keys:
-                entry["key"] = keys.to_hex(_unpack(packed, bits))
+                entry["key"] = keys.to_hex(self._unpack(packed, bits))
             yield entry
 
     def _keys(self, where, values):
@@ -323,7 +327,32 @@ class Registry:
             f"JOIN users ON users.id = user JOIN bases ON bases.id = basis {where}",
             values,
         )
-        return [Key(*fields, bits=_unpack(packed, bits)) for *fields, packed, bits in rows]
+        kinds = (int, str, int, str, str | None)
+        return [
+            Key(*self._database.checked(fields, kinds), bits=self._unpack(packed, bits))
+            for *fields, packed, bits in rows
+        ]
+
+    def _unpack(self, packed, bits):
+        width = -(-bits // 8) if isinstance(bits, int) else None
+        if not isinstance(packed, bytes) or len(packed) != width:
+            raise self._database.damaged()
+        return np.unpackbits(np.frombuffer(packed, np.uint8), count=bits)
+
+    def _read_point(self, fields):
+        kinds = (str, str, str, int, int, float, str, str | None)
+        point = DesignPoint(*self._database.checked(fields, kinds))
+        if not 1 <= point.bits <= _MOST_BITS or point.code not in CODES:
+            raise self._database.damaged()
+        return point
+
+    def _read_issue(self, row):
+        kinds = (int, str, int, str, int, int, str, str, str)
+        *fields, settings, created = self._database.checked(row, kinds)
+        try:
+            return Issue(*fields, json.loads(settings), created)
+        except (ValueError, RecursionError):
+            raise self._database.damaged() from None
 
     def _design(self, number):
         designs = self.designs()
@@ -418,7 +447,3 @@ def _check_name(name):
     if name == _NOBODY:
         raise UserError(f"A user cannot be called '{_NOBODY}': that is a verdict.")
     return name
-
-
-def _unpack(packed, bits):
-    return np.unpackbits(np.frombuffer(packed, np.uint8), count=bits)
