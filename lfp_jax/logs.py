@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self, TextIO
 
 from lfp_jax import files
+from lfp_jax.errors import UserError
 
 _LINE_SECONDS = 30.0  # between lines where the stream is a file: a log must not fill with them
 _REDRAW_SECONDS = 0.2  # between redraws where the stream is a terminal
@@ -62,9 +63,20 @@ def discard(stream: TextIO) -> None:
 
 
 def read_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Read a file of JSON lines; a last line that a killed process left unfinished is dropped."""
-    text = Path(path).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    """Read a file of JSON lines; a last line that a killed process left unfinished is dropped.
+
+    Raises:
+        UserError: another line holds no JSON object.
+    """
+    data, lines = Path(path).read_bytes(), []
+    for number, line in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
+        try:
+            lines.append(json.loads(line))
+        except (ValueError, RecursionError):
+            lines.append(None)
+        if not isinstance(lines[-1], dict):
+            raise UserError(f"Line {number} of '{path}' holds no JSON object. Delete that line.")
+    return lines
 
 
 class MetricLog:
@@ -100,10 +112,17 @@ class MetricLog:
 
         Args:
           step: the step resumed from; the lines up to and including it are kept.
+
+        Raises:
+          UserError: a line is damaged.
         """
         if not self._path.exists():
             return
-        kept = [json.dumps(line) for line in read_lines(self._path) if line["step"] <= step]
+        lines = read_lines(self._path)
+        for number, line in enumerate(lines, 1):
+            if not isinstance(line.get("step"), int | float):
+                raise UserError(f"Line {number} of '{self._path}' has no step. Delete that line.")
+        kept = [json.dumps(line) for line in lines if line["step"] <= step]
         write_file(self._path, "".join(f"{line}\n" for line in kept))
 
 

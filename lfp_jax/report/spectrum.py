@@ -11,6 +11,7 @@ from lfp_jax.errors import UserError
 from lfp_jax.weights import store
 
 _LARGEST = 4_096  # latent dimensions of which the principal directions take seconds, not an hour
+_MOST_PIXELS = 2**40  # of an image: more is no number of pixels
 _RMS = "rms (images in [-1, 1])"
 _SUM = "norm (images in [-1, 1])"
 
@@ -52,9 +53,11 @@ def read(path: Path) -> list[Spectrum]:
     tree, metadata = store.load(path)
     try:
         pixels = metadata.get("pixels")
+        if pixels is not None and not (type(pixels) is int and 0 < pixels < _MOST_PIXELS):
+            raise ValueError
         unit, metric = (_SUM, tree["metric"]) if pixels is None else (_RMS, tree["metric"] / pixels)
         found = along(tree["basis"], metric, name=str(metadata["directions"]))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, ArithmeticError):
         raise UserError(f"'{path}' is left out: it holds no basis with its metric.") from None
     return [Spectrum(*each, unit) for each in found]
 
@@ -89,7 +92,7 @@ def _load(path):
         if rows[0].ndim != 1 or rows[0].shape != rows[1].shape or not np.isfinite(rows).all():
             raise ValueError
         return Spectrum(str(record["basis"]), *rows, _RMS)
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         raise UserError(
             f"'{path}' is left out: it must hold a 'basis' and as many numbers in 'stddev' as in "
             "'sensitivity'."
