@@ -55,10 +55,10 @@ class Folder:
         """
         path = self.path / "cells" / f"{name}.json"
         try:
-            record = json.loads(path.read_bytes())
+            record = logs.from_text(path.read_bytes())
         except FileNotFoundError:
             return None
-        except (ValueError, RecursionError):
+        except ValueError:
             record = None
         if not _is_result(record):
             raise UserError(f"'{path}' is no result of a cell. Delete it, to have it made again.")

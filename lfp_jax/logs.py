@@ -55,6 +55,24 @@ def to_line(value: Any) -> str:
     return json.dumps(_plain(value))
 
 
+def from_text(data: str | bytes, *, parse_constant: Callable[[str], Any] | None = None) -> Any:
+    """Read JSON of whoever's making; all that it gives can be written again.
+
+    Args:
+      data: the text.
+      parse_constant: as of `json.loads`, for NaN and infinity.
+
+    Raises:
+      ValueError: it is no JSON, nested too deep, or holds a text that is not Unicode.
+    """
+    try:
+        value = json.loads(data, parse_constant=parse_constant)
+        json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    return value
+
+
 def discard(stream: TextIO) -> None:
     """Send nowhere what is still written to a stream, for one whose reader has gone."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -71,8 +89,8 @@ def read_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
     data, lines = Path(path).read_bytes(), []
     for number, line in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
         try:
-            lines.append(json.loads(line))
-        except (ValueError, RecursionError):
+            lines.append(from_text(line))
+        except ValueError:
             lines.append(None)
         if not isinstance(lines[-1], dict):
             raise UserError(f"Line {number} of '{path}' holds no JSON object. Delete that line.")

@@ -1,12 +1,11 @@
 """The spectrum of a generator's Jacobian: how far images move along each direction of a basis."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
 
-from lfp_jax import sensitivity
+from lfp_jax import logs, sensitivity
 from lfp_jax.errors import UserError
 from lfp_jax.weights import store
 
@@ -87,12 +86,12 @@ def along(
 
 def _load(path):
     try:
-        record = json.loads(path.read_bytes())
+        record = logs.from_text(path.read_bytes())
         rows = [np.asarray(record[name], np.float64) for name in ("stddev", "sensitivity")]
         if rows[0].ndim != 1 or rows[0].shape != rows[1].shape or not np.isfinite(rows).all():
             raise ValueError
         return Spectrum(str(record["basis"]), *rows, _RMS)
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+    except (ValueError, TypeError, KeyError, OverflowError):
         raise UserError(
             f"'{path}' is left out: it must hold a 'basis' and as many numbers in 'stddev' as in "
             "'sensitivity'."

@@ -6,7 +6,6 @@ which needs no TensorFlow; the pictures themselves stay plain PNG files. Images 
 
 import contextlib
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import numpy as np
 
 from lfp_jax import images
 from lfp_jax.errors import UserError, did_you_mean
+from lfp_jax.logs import from_text
 
 SPLITS = ("train", "held_out")
 
@@ -105,9 +105,9 @@ def _render(folder: str) -> str:
 
 def _read_json(folder: str, name: str) -> Any:
     try:
-        with open(os.path.join(folder, name), encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
+        with open(os.path.join(folder, name), "rb") as file:
+            return from_text(file.read())
+    except (OSError, ValueError) as error:
         path = os.path.join(folder, name)
         raise UserError(f"'{path}' is not readable: {error}. {_render(folder)}") from None
 
@@ -118,11 +118,11 @@ def _rows(folder: str, split: str, choices: dict[str, list[str]]) -> Iterator[di
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                row = json.loads(line)
+                row = from_text(line)
                 example = _example(row["file"], row["labels"], choices)
                 if row["split"] not in SPLITS:
                     raise ValueError("unknown split")
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
+            except (ValueError, KeyError, TypeError) as error:
                 cause = f"{path}' is damaged: {error}"
                 raise UserError(f"Line {number} of '{cause}. {_render(folder)}") from None
             if row["split"] == split:
