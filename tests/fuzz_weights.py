@@ -132,7 +132,7 @@ def _swollen_statistics():
     objects = shape | {"descr": "|O", "shape": (2,)}
     call = pickle_writer.call(pickle_writer.named("os", "system"), pickle_writer.plain("touch RAN"))
     return {
-        "gigabytes of zeros": {"a.npz": _npz("mu.npy", shape, zeros, times=80)},
+        "zeros to two gigabytes": {"a.npz": _npz("mu.npy", shape, zeros, times=20)},
         "a promise of 2 GiB": {"a.npz": _npz("mu.npy", shape, b"short")},
         "objects": {"a.npz": _npz("mu.npy", objects, pickle_writer.file(call))},
     }

@@ -16,7 +16,7 @@ import pytest
 from fuzz_stores import READERS
 
 TESTS = Path(__file__).parent
-QUICK = 60  # damaged files of the cheapest readers
+QUICK = 40  # damaged files of the cheapest readers
 FULL = 450
 NAMED = pytest.mark.parametrize("name", READERS)
 
