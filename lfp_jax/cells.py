@@ -28,6 +28,7 @@ import numpy as np
 from etils import epath
 
 from lfp_jax import images, logs
+from lfp_jax.errors import UserError
 
 _BEAT = 20.0  # seconds between rewritings of a claim
 _PATIENCE = 120.0  # seconds after which one that stands still is void
@@ -48,11 +49,21 @@ class Folder:
         self._seen: dict[epath.Path, tuple[str, float]] = {}  # {claim: (its text, since when)}
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """Read the result of a cell; None where there is none."""
+        """Read the result of a cell; None where there is none.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        path = self.path / "cells" / f"{name}.json"
         try:
-            return json.loads((self.path / "cells" / f"{name}.json").read_text())
+            record = logs.from_text(path.read_bytes())
         except FileNotFoundError:
             return None
+        except ValueError:
+            record = None
+        if not _is_result(record):
+            raise UserError(f"'{path}' is no result of a cell. Delete it, to have it made again.")
+        return record
 
     def names(self) -> set[str]:
         """List the names of the results there are."""
@@ -104,7 +115,8 @@ class Folder:
         """
         folder = self.path / "claims"
         folder.mkdir(parents=True, exist_ok=True)
-        numbers = [int(path.name.rpartition(".")[2]) for path in folder.glob(f"{name}.*")]
+        endings = [path.name.rpartition(".")[2] for path in folder.glob(f"{name}.*")]
+        numbers = [int(ending) for ending in endings if ending.isdecimal()]
         last = max(numbers, default=-1)
         if numbers and not self._void(folder / f"{name}.{last}"):
             return None
@@ -118,8 +130,9 @@ class Folder:
         return claim
 
     def _void(self, path: epath.Path) -> bool:
-        text = path.read_text()
-        with contextlib.suppress(ValueError):  # of one that is just being rewritten
+        text = path.read_bytes()
+        # Of one that is just being rewritten; a damaged one is void when it has stood still.
+        with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
             holder = json.loads(text)
             if holder["released"]:
                 return True
@@ -166,6 +179,15 @@ class Claim:
 
     def _text(self, *, released: bool = False) -> str:
         return logs.to_line(self._holder | {"time": time.time(), "released": released})
+
+
+def _is_result(record: Any) -> bool:
+    """Tell whether a record is what `Folder.write` is given: settings, and metrics or an error."""
+    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+        return False
+    if "error" in record:
+        return isinstance(record["error"], str) and type(record.get("attempts")) is int
+    return isinstance(record.get("metrics"), dict)
 
 
 def _in_bucket(path: epath.Path) -> bool:

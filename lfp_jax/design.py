@@ -20,11 +20,12 @@ import numpy as np
 from lfp_jax import attacks, basis, fingerprint, generators, payload, sharding
 from lfp_jax.attribution import bank, encoder, inversion, least_squares
 from lfp_jax.attribution import estimator as learner
-from lfp_jax.errors import UserError, choose
+from lfp_jax.errors import UserError, brief, choose
 from lfp_jax.generators import ldm, stylegan2, untrained, zoo
 from lfp_jax.metrics import features, perceptual
 from lfp_jax.weights import store
 
+_MOST_PIXELS = 2**40  # of an image: more is no number of pixels
 REGISTRY = "registry.sqlite"  # of a work folder, unless another one is given
 
 _BATCH = 64
@@ -152,8 +153,11 @@ def stored_basis(config, workdir):
     pixels = metadata.get("pixels")
     if not _fits(metadata, basis_settings(config)) or (config.get("equalise") and not pixels):
         return None
-    carrier = _carrier(config, tree["metric"], pixels)
-    return metadata["sha256"], basis.split(basis.Basis(**tree["basis"]), **carrier)
+    with store.taken_apart(basis_path(workdir), "basis"):
+        if pixels is not None and not (type(pixels) is int and 0 < pixels < _MOST_PIXELS):
+            raise ValueError
+        carrier = _carrier(config, tree["metric"], pixels)
+        return metadata["sha256"], basis.split(basis.Basis(**tree["basis"]), **carrier)
 
 
 def _carrier(config, metric, pixels):
@@ -182,7 +186,8 @@ def _basis(key, generator, config, workdir, refit):
     if store.is_store(path):
         tree, metadata = store.load(path)
         if _fits(metadata, wanted):
-            return basis.Basis(**tree["basis"]), tree["metric"]
+            with store.taken_apart(path, "basis"):
+                return basis.Basis(**tree["basis"]), tree["metric"]
         if not refit or (workdir / REGISTRY).exists():
             raise UserError(_other_basis(path, metadata, wanted))
     elif not refit:
@@ -204,7 +209,8 @@ def _basis(key, generator, config, workdir, refit):
 def _other_basis(path, metadata, wanted):
     """Say in what a basis is another one than wanted."""
     differ = [name for name in wanted if metadata.get(name) != wanted[name]]
-    pairs = ", ".join(f"{name} {metadata.get(name)}, not {wanted[name]}" for name in differ)
+    given = {name: brief(metadata.get(name)).strip("'") for name in differ}
+    pairs = ", ".join(f"{name} {given[name]}, not {wanted[name]}" for name in differ)
     return (
         f"The basis '{path}' was made with {pairs}. Users' keys rest on it, so it stays: give the "
         "settings it was made with, or another --workdir."

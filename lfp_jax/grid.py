@@ -281,7 +281,10 @@ def table(records):
 
 
 def _figure(entry, interval):
-    if entry is None:
+    """Write a measured value; nothing where it was not measured or, in JSON null, not finite."""
+    names = ("value", "low", "high") if interval else ("value",)
+    numbers = [entry.get(name) for name in names] if isinstance(entry, dict) else [None]
+    if not all(isinstance(number, int | float) and abs(number) < 1e300 for number in numbers):
         return ""
     if not interval:
         return f"{entry['value']:.4g}"

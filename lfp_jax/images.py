@@ -6,9 +6,11 @@ here runs on the host in float32: one rounding rule, the same on every machine.
 
 import glob
 import hashlib
+import importlib.util
 import io
 import os
 import re
+import warnings
 from collections.abc import Iterable
 
 import numpy as np
@@ -21,7 +23,16 @@ _MOST_PIXELS = 64_000_000  # 8000 x 8000: above this a file is taken for a decom
 _MOST_BYTES = 512_000_000  # of a file: more than any image of that many pixels
 _PATTERN = re.compile(r"[*?[]")
 _EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+# Pillow knows more: PostScript, which it hands to another program to be run; JPEG 2000, of which a
+# kilobyte can take gigabytes; and rare ones that nobody tests.
+_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM") + (
+    ("AVIF",) if importlib.util.find_spec("PIL.AvifImagePlugin") else ()
+)
 _BOMBS = (Image.DecompressionBombWarning, Image.DecompressionBombError)
+_STRIP = 2**20  # pixels that are converted at once: a copy of all of them may not fit in memory
+
+# Of damaged EXIF data and the like, which no pixel depends on.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -136,8 +147,9 @@ def read(path: str | os.PathLike) -> np.ndarray:
     """Read an image file of any common format.
 
     Args:
-        path: the file. EXIF rotation is applied, alpha is dropped, greyscale is repeated, 16-bit
-            greyscale is rounded to 8 bits; of an animation the first frame counts.
+        path: PNG, JPEG, WebP, TIFF, BMP, GIF, PPM, or AVIF where Pillow has it. EXIF rotation is
+            applied, alpha is dropped, greyscale is repeated, 16-bit greyscale is rounded to 8 bits;
+            of an animation the first frame counts.
 
     Returns:
         uint8 [H, W, 3], RGB.
@@ -145,7 +157,7 @@ def read(path: str | os.PathLike) -> np.ndarray:
     Raises:
         UserError: the file is missing, no image, damaged, or larger than 64 million pixels.
     """
-    return _decode(os.fspath(path), f"'{os.fspath(path)}'", formats=None, grey=False)
+    return _decode(os.fspath(path), f"'{os.fspath(path)}'", formats=_FORMATS, grey=False)
 
 
 def read_hashed(path: str | os.PathLike) -> tuple[np.ndarray, str]:
@@ -174,7 +186,7 @@ def read_hashed(path: str | os.PathLike) -> tuple[np.ndarray, str]:
         raise UserError(f"No such image file: '{path}'. Check the path.") from None
     except OSError as error:
         raise UserError(f"'{path}' cannot be read: {error.strerror}. Check its rights.") from None
-    pixels = _decode(io.BytesIO(data), f"'{path}'", formats=None, grey=False)
+    pixels = _decode(io.BytesIO(data), f"'{path}'", formats=_FORMATS, grey=False)
     return pixels, hashlib.sha256(data).hexdigest()
 
 
@@ -330,10 +342,8 @@ def _decode(
             pixels = image.width * image.height
             if pixels > _MOST_PIXELS:
                 raise UserError(f"{name} has {pixels:,} pixels; at most {_MOST_PIXELS:,} are read.")
-            upright = _to_8_bits(ImageOps.exif_transpose(image))
-            if grey and upright.mode == "L":
-                return np.array(upright)[..., None]
-            return np.array(upright.convert("RGB"))
+            ImageOps.exif_transpose(image, in_place=True)
+            return _pixels(image, grey)
     except UserError:
         raise
     except FileNotFoundError:
@@ -344,13 +354,34 @@ def _decode(
         ) from None
     except UnidentifiedImageError:
         raise UserError(
-            f"{name} is not a readable image: no known format. Give an image file."
+            f"{name} is not a readable image: no known format. Give one of {', '.join(_FORMATS)}."
         ) from None
     except Exception as error:  # on hostile bytes Pillow raises nearly anything: struct.error ...
         cause = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise UserError(
             f"{name} is not a readable image: {cause}. Get a whole copy of it."
         ) from None
+
+
+def _pixels(image: Image.Image, grey: bool) -> np.ndarray:
+    """Convert an image strip by strip."""
+    width, height = image.size
+    rows = max(1, _STRIP // width)
+    first = _strip(image.crop((0, 0, width, min(rows, height))), grey)
+    out = np.empty((height, *first.shape[1:]), np.uint8)
+    out[:rows] = first
+    for start in range(rows, height, rows):
+        strip = image.crop((0, start, width, min(start + rows, height)))
+        out[start : start + rows] = _strip(strip, grey)
+    return out
+
+
+def _strip(image: Image.Image, grey: bool) -> np.ndarray:
+    """Convert a part of an image to uint8 [h, W, 3]; [h, W, 1] where `grey` and it is."""
+    image = _to_8_bits(image)
+    if grey and image.mode == "L":
+        return np.array(image)[..., None]
+    return np.array(image.convert("RGB"))
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:

@@ -18,6 +18,7 @@ from typing import Any, Self, TextIO
 
 import lfp_jax
 from lfp_jax import files
+from lfp_jax.errors import UserError
 
 _LINE_SECONDS = 30.0  # between lines where the stream is a file: a log must not fill with them
 _REDRAW_SECONDS = 0.2  # between redraws where the stream is a terminal
@@ -63,6 +64,24 @@ def versions() -> dict[str, str]:
     return {"lfp_jax": lfp_jax.__version__, **others}
 
 
+def from_text(data: str | bytes, *, parse_constant: Callable[[str], Any] | None = None) -> Any:
+    """Read JSON of whoever's making; all that it gives can be written again.
+
+    Args:
+      data: the text.
+      parse_constant: as of `json.loads`, for NaN and infinity.
+
+    Raises:
+      ValueError: it is no JSON, nested too deep, or holds a text that is not Unicode.
+    """
+    try:
+        value = json.loads(data, parse_constant=parse_constant)
+        json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    return value
+
+
 def discard(stream: TextIO) -> None:
     """Send nowhere what is still written to a stream, for one whose reader has gone."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -71,9 +90,20 @@ def discard(stream: TextIO) -> None:
 
 
 def read_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Read a file of JSON lines; a last line that a killed process left unfinished is dropped."""
-    text = Path(path).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    """Read a file of JSON lines; a last line that a killed process left unfinished is dropped.
+
+    Raises:
+        UserError: another line holds no JSON object.
+    """
+    data, lines = Path(path).read_bytes(), []
+    for number, line in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
+        try:
+            lines.append(from_text(line))
+        except ValueError:
+            lines.append(None)
+        if not isinstance(lines[-1], dict):
+            raise UserError(f"Line {number} of '{path}' holds no JSON object. Delete that line.")
+    return lines
 
 
 class MetricLog:
@@ -109,10 +139,17 @@ class MetricLog:
 
         Args:
           step: the step resumed from; the lines up to and including it are kept.
+
+        Raises:
+          UserError: a line is damaged.
         """
         if not self._path.exists():
             return
-        kept = [json.dumps(line) for line in read_lines(self._path) if line["step"] <= step]
+        lines = read_lines(self._path)
+        for number, line in enumerate(lines, 1):
+            if not isinstance(line.get("step"), int | float):
+                raise UserError(f"Line {number} of '{self._path}' has no step. Delete that line.")
+        kept = [json.dumps(line) for line in lines if line["step"] <= step]
         write_file(self._path, "".join(f"{line}\n" for line in kept))
 
 

@@ -14,8 +14,16 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_CAPTURED_CONSTANTS_WARN_BYTES"] = "1000000"
 
+import hypothesis
 import jax
 import pytest
+
+# The same examples in every run, and no files left behind; a compilation takes longer than any
+# deadline.
+hypothesis.settings.register_profile(
+    "lfp_jax", max_examples=50, derandomize=True, database=None, deadline=None
+)
+hypothesis.settings.load_profile("lfp_jax")
 
 
 @pytest.fixture(scope="module")

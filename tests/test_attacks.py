@@ -1,9 +1,13 @@
 """Attacks: what all of them promise, the suites, and the mistakes one can make with them."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lfp_jax import attacks
 from lfp_jax import images as files
@@ -31,6 +35,7 @@ HARMLESS = {
     "erase": {"area": 0.0},
     "text": {"opacity": 0.0},
 }
+NETWORKS = {"regenerate", "rediffuse"}  # attacks by a model, see test_regeneration.py
 RANDOM = {
     "noise": chain("noise", noise={"std": 0.1}),
     "salt and pepper": chain("salt and pepper", salt_and_pepper={"amount": 0.05}),
@@ -101,10 +106,42 @@ def test_the_papers_suites():
     ]  # fmt: skip
 
 
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def _noise(seed):
+    """Two pictures of nothing, in 8 bits."""
+    u8 = np.random.default_rng(seed).integers(0, 256, (2, 24, 36, 3), np.uint8)
+    return files.from_uint8(u8)
+
+
 @pytest.mark.parametrize("name", HARMLESS)
-def test_strength_zero_is_the_identity(name):
-    images = _pictures()
-    np.testing.assert_array_equal(apply(KEY, images, attack(name, **HARMLESS[name])), images)
+@settings(max_examples=5)
+@given(seed=SEEDS)
+def test_strength_zero_is_the_identity(name, seed):
+    images = _noise(seed)
+    key = jax.random.key(seed)
+    np.testing.assert_array_equal(apply(key, images, attack(name, **HARMLESS[name])), images)
+
+
+@pytest.mark.parametrize("name", sorted(set(attacks.FUNCTIONS) - NETWORKS))
+@settings(max_examples=10)
+@given(data=st.data())
+def test_any_strength_keeps_shape_range_and_8_bits_and_hangs_on_the_key(name, data):
+    function = attacks.FUNCTIONS[name]
+    spec = inspect.getfullargspec(function.one if hasattr(function, "one") else function)
+    needed = set(spec.kwonlyargs) - set(spec.kwonlydefaults or ()) - {"start", "step"}
+    bounds = {option: function.bounds.get(option) for option in sorted(needed)}
+    options = {
+        option: 3 if span is None else data.draw(st.floats(max(span[0], -99), min(span[1], 99)))
+        for option, span in bounds.items()
+    }
+    seed = data.draw(SEEDS)
+    images, key, one = _noise(seed), jax.random.key(seed), attack(name, **options)
+    made = apply(key, images, one)
+    assert (made.shape, made.dtype) == (images.shape, np.float32)
+    np.testing.assert_array_equal(made, files.from_uint8(files.to_uint8(made)))
+    np.testing.assert_array_equal(made, apply(key, images, one))
 
 
 def test_every_function_with_a_strength_is_among_the_harmless():

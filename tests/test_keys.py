@@ -2,20 +2,24 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from lfp_jax import keys
 from lfp_jax.errors import UserError
 
+KEYS = arrays(np.uint8, st.integers(1, 300), elements=st.integers(0, 1))
+CODES = st.sampled_from(("binary", "antipodal"))
 
-@pytest.mark.parametrize("bits", [1, 3, 8, 12, 64, 67])
-def test_hex_comes_back(bits):
-    for key in keys.draw(min(20, 2**bits), bits=bits):
-        text = keys.to_hex(key)
-        back = keys.from_hex(text, bits=bits)
+
+@given(KEYS)
+def test_hex_comes_back(key):
+    text = keys.to_hex(key)
+    for written in (text, " ".join(text.upper().replace("-", ""))):
+        back = keys.from_hex(written, bits=key.size)
         np.testing.assert_array_equal(back, key)
         assert back.dtype == np.uint8
-        sloppy = " ".join(text.upper().replace("-", ""))
-        np.testing.assert_array_equal(keys.from_hex(sloppy, bits=bits), key)
 
 
 def test_hex_form():
@@ -24,21 +28,27 @@ def test_hex_form():
     assert keys.to_hex(key)[:-4] == "a000-0000-0000-0001-"
 
 
-def test_every_single_wrong_digit_and_swap_is_found():
-    [key] = keys.draw(1, bits=64)
+@given(KEYS, st.data())
+def test_a_wrong_digit_and_two_that_are_swapped_are_found(key, data):
     digits = keys.to_hex(key).replace("-", "")
-    wrong = [
-        digits[:i] + other + digits[i + 1 :]
-        for i in range(len(digits))
-        for other in "0123456789abcdef"
-        if other != digits[i]
-    ]
-    for i in range(len(digits) - 1):
-        swapped = digits[:i] + digits[i + 1] + digits[i] + digits[i + 2 :]
-        wrong += [swapped] if swapped != digits else []
-    for text in wrong:
+    i = data.draw(st.integers(0, len(digits) - 2))
+    other = data.draw(st.sampled_from("0123456789abcdef"))
+    wrong = digits[:i] + other + digits[i + 1 :]
+    swapped = digits[:i] + digits[i + 1] + digits[i] + digits[i + 2 :]
+    for text in {wrong, swapped} - {digits}:
         with pytest.raises(UserError, match="copied with a mistake"):
-            keys.from_hex(text, bits=64)
+            keys.from_hex(text, bits=key.size)
+
+
+@given(st.text() | st.text("0123456789abcdefABCDEF- ", min_size=5), st.integers(1, 64))
+def test_any_text_is_a_key_or_a_mistake(text, bits):
+    try:
+        key = keys.from_hex(text, bits=bits)
+    except UserError as error:
+        assert str(error).startswith(("A key ", "The check digits "))
+    else:
+        written = "".join(text.lower().replace("-", "").split())
+        assert keys.to_hex(key).replace("-", "") == written
 
 
 @pytest.mark.parametrize(
@@ -54,10 +64,13 @@ def test_bad_text(text, message):
         keys.from_hex(text, bits=64)
 
 
-def test_a_key_does_not_pass_for_one_of_another_length():
-    text = keys.to_hex(np.ones(63, np.uint8))
-    with pytest.raises(UserError, match="copied with a mistake"):
-        keys.from_hex(text, bits=64)
+@given(KEYS, st.integers(1, 3))
+def test_a_key_does_not_pass_for_one_of_another_length(key, more):
+    """Of as many digits; of another number the number tells."""
+    others = {key.size + more, max(key.size - more, 1)} - {key.size}
+    for bits in others:
+        with pytest.raises(UserError, match="copied with a mistake|hex digits; got"):
+            keys.from_hex(keys.to_hex(key), bits=bits)
 
 
 @pytest.mark.parametrize("bad", [np.array([0, 2]), np.zeros((2, 2)), np.array([])])
@@ -80,8 +93,6 @@ def test_all_keys_can_be_drawn():
     assert len(np.unique(keys.draw(256, bits=8), axis=0)) == 256
     heavy = keys.draw(247, bits=8, code="binary")  # 256 less the 9 keys of weight 0 and 1
     assert len(np.unique(heavy, axis=0)) == 247
-    assert heavy.sum(axis=1).min() == 2
-    assert keys.draw(0, bits=8).shape == (0, 8)
 
 
 def test_bounds_of_a_draw():
@@ -93,9 +104,19 @@ def test_bounds_of_a_draw():
         keys.draw(1, bits=8, code="binery")
 
 
-def test_available_counts_what_draw_draws_from():
-    assert keys.available(bits=8) == 256
-    assert keys.available(bits=8, code="binary") == 247
+@given(st.integers(1, 12), CODES, st.floats(0.0, 1.0))
+def test_draws_are_unlike_and_among_the_available(bits, code, share):
+    strings = np.unpackbits(np.arange(2**bits, dtype=">u2").view(np.uint8).reshape(-1, 2), axis=1)
+    least = bits // 4 if code == "binary" else 0
+    assert keys.available(bits=bits, code=code) == (strings.sum(axis=1) >= least).sum()
+    n = int(share * keys.available(bits=bits, code=code))
+    drawn = keys.draw(n, bits=bits, code=code)
+    assert (drawn.shape, drawn.dtype) == ((n, bits), np.uint8)
+    assert len(np.unique(drawn, axis=0)) == n
+    assert drawn.sum(axis=1).min(initial=bits) >= least
+
+
+def test_available_needs_bits():
     with pytest.raises(UserError, match="bits >= 1; got 0"):
         keys.available(bits=0)
 

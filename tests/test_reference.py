@@ -94,7 +94,7 @@ def test_standard_files_are_read(tmp_path):
         ({"mu": np.zeros(3), "sigma": np.eye(3), "count": np.zeros(2)}, "no whole number"),
         (
             {"mu": np.array([{}], object), "sigma": np.eye(1)},
-            "Cannot read '.*' as a statistics file: Object arrays",
+            "Cannot read '.*' as a statistics file: mu is no array of numbers",
         ),
     ],
 )

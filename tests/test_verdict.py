@@ -7,6 +7,9 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from lfp_jax import keys
 from lfp_jax.attribution import verdict
@@ -74,21 +77,38 @@ def test_the_hard_score_is_exact_for_keys_unlike_the_images_own():
     assert verdict.hard_p_value(0, bits=10) == 1.0
 
 
-@EVERY_KIND
-@pytest.mark.parametrize("k", [1, 5, 12])
-def test_no_p_value_is_below_the_exact_probability(kind, k):
+@st.composite
+def _ratios(draw):
+    """Up to ten ratios: of a kind above, or whatever numbers there are."""
+    k = draw(st.integers(1, 10))
+    if k > 4 and draw(st.booleans()):
+        rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+        return draw(st.sampled_from(list(KINDS.values())))(rng, k)
+    strange = st.sampled_from((np.nan, np.inf, -np.inf, 0.0, 1.0, -1.0))
+    return draw(arrays(np.float64, k, elements=st.floats(-1e300, 1e300) | strange))
+
+
+@settings(max_examples=300)
+@given(_ratios())
+def test_no_p_value_is_below_the_exact_probability(llr):
     """Against all 2^k keys."""
-    every = np.array(list(itertools.product((0, 1), repeat=k)), np.uint8)
-    for seed in range(3):
-        rng = np.random.default_rng(seed)
-        llr = KINDS[kind](rng, k) if k > 3 or kind != "spoiled" else np.full(k, np.nan)
-        found = np.sort(_discrepancy(_usable(llr), every))
-        exact = np.searchsorted(found, found, side="right") / len(found)
-        p = verdict.soft_p_value(llr, found)
-        assert (p >= exact).all()
-        assert (np.diff(p) >= 0.0).all()  # the better the fit, the smaller
-        # What matters is what may be named: P(p <= x) <= x.
-        assert (np.searchsorted(p, p, side="right") / len(p) <= p).all()
+    every = np.array(list(itertools.product((0, 1), repeat=len(llr))), np.uint8)
+    found = np.sort(_discrepancy(_usable(llr), every))
+    exact = np.searchsorted(found, found, side="right") / len(found)
+    p = verdict.soft_p_value(llr, found)
+    assert (p >= exact).all()
+    assert (np.diff(p) >= 0.0).all()  # the better the fit, the smaller
+    # What matters is what may be named: P(p <= x) <= x.
+    assert (np.searchsorted(p, p, side="right") / len(p) <= p).all()
+
+
+@given(_ratios(), st.integers(-200, 200), st.floats(0.0, 1.0))
+def test_the_scale_of_the_ratios_does_not_matter(llr, exponent, share):
+    llr = np.clip(_usable(llr), -1e200, 1e200)
+    found = share * np.abs(llr).sum()
+    scaled = verdict.soft_p_value(llr * 2.0**exponent, found * 2.0**exponent)
+    if (np.abs(llr[llr != 0.0]) > 1e-200).all():  # what is tinier loses digits
+        assert scaled == verdict.soft_p_value(llr, found)
 
 
 @EVERY_KIND
@@ -204,6 +224,25 @@ def test_the_right_user_is_named_among_many():
     nobody = verdict.judge(rng.normal(size=64), users)
     assert nobody.user is None
     assert nobody.p_value > nobody.threshold
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    weights=arrays(np.float64, 64, elements=st.floats(0.5, 16.0)),
+    score=st.sampled_from(("soft", "hard")),
+    user=st.integers(0, 99),
+)
+def test_whose_bits_all_agree_is_named_in_whatever_order_users_stand(seed, weights, score, user):
+    rng = np.random.default_rng(seed)
+    bits, users = _users(rng, 100, 64)
+    said = verdict.judge(weights * (2.0 * bits[user] - 1.0), users, score=score)
+    assert (said.user, said.agreeing) == (user, 64)
+    unsure = weights * rng.normal(size=64)
+    order = rng.permutation(100)
+    shuffled = verdict.index(np.packbits(bits[order], axis=1), bits=64)
+    one, other = (verdict.judge(unsure, index, score="soft") for index in (users, shuffled))
+    assert (one.p_value, one.soft_score) == (other.p_value, other.soft_score)
+    assert one.runner_up.user == order[other.runner_up.user]
 
 
 def test_soft_scores_tell_where_hard_ones_do_not():

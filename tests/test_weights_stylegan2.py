@@ -6,8 +6,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import nvlabs_writer
 import pickle_writer as write
 import pytest
+from nvlabs_writer import square
 from pickle_writer import mapping
 
 from lfp_jax.errors import UserError
@@ -138,16 +140,11 @@ def test_a_discriminator_alone(path):
     assert checkpoint.discriminator_hparams["resolution"] == 64
 
 
-def _square(taps, gain):
-    taps = np.array(taps, np.float32)
-    return np.outer(taps, taps) / taps.sum() ** 2 * gain
-
-
 def test_other_filters_and_fewer_layers(path):
     state = _rosinality_state("g_ema")
     for name in state:
         if name.endswith(".kernel"):
-            state[name] = _square((1, 2, 1), 4)
+            state[name] = square((1, 2, 1), 4)
     removed = [name for name in state if name.startswith(("style.7", "style.8"))]
     state = {name: x for name, x in state.items() if name not in removed}
     hparams = _read_state(path, g_ema=state).generator_hparams
@@ -175,8 +172,8 @@ def test_every_missing_tensor_is_named(path, part):
         ("style.1.weight", np.ones((64,), np.float32), "'style.1.weight' has 1 dimensions"),
         ("style.2.bias", np.ones((64,), np.int64), "'style.2.bias' has the type int64"),
         ("convs.0.conv.blur.kernel", np.eye(4, dtype=np.float32), "not the outer product"),
-        ("convs.0.conv.blur.kernel", _square((1, 3, 3, 1), 1), "sums to 1; needed: 4"),
-        ("convs.2.conv.blur.kernel", _square((1, 2, 2, 1), 4), "differs from the filters"),
+        ("convs.0.conv.blur.kernel", square((1, 3, 3, 1), 1), "sums to 1; needed: 4"),
+        ("convs.2.conv.blur.kernel", square((1, 2, 2, 1), 4), "differs from the filters"),
         ("noises.noise_3", np.ones((1, 1, 8, 8), np.float32), "'noises.noise_3' has the shape"),
         ("style.999999.bias", np.ones((1,), np.float32), "up to 999999; the limit"),
     ],
@@ -207,117 +204,6 @@ def test_other_files_say_what_they_hold(path):
 
 
 # NVlabs files of other sizes, written from their layer structure.
-_FILTER = _square((1, 3, 3, 1), 1)
-
-
-class _Maker:
-    """Random tensors, remembered by name."""
-
-    def __init__(self, seed):
-        self._random = np.random.default_rng(seed)
-        self.made = {}
-
-    def __call__(self, name, *shape):
-        self.made[name] = self._random.standard_normal(shape).astype(np.float32)
-        return self.made[name]
-
-    def linear(self, name, inputs, outputs, **attributes):
-        tensors = {
-            "weight": self(f"{name}.weight", outputs, inputs),
-            "bias": self(f"{name}.bias", outputs),
-        }
-        return write.nvlabs_module("FullyConnectedLayer", tensors=tensors, **attributes)
-
-    def conv(self, name, inputs, outputs, size, *, bias=True, **attributes):
-        tensors = {
-            "weight": self(f"{name}.weight", outputs, inputs, size, size),
-            "resample_filter": _FILTER,
-        }
-        if bias:
-            tensors["bias"] = self(f"{name}.bias", outputs)
-        return write.nvlabs_module("Conv2dLayer", tensors=tensors, **attributes)
-
-    def mapping(self, *, z_dim, label_dim, embed, width, out, layers, w_avg):
-        modules = {"embed": self.linear("mapping.embed", label_dim, embed, bias_gain=1)}
-        sizes = [z_dim + embed, *[width] * (layers - 1), out]
-        for i in range(layers):
-            name = f"fc{i}"
-            made = self.linear(f"mapping.{name}", sizes[i], sizes[i + 1], bias_gain=0.02)
-            modules[name] = made
-        tensors = {"w_avg": self("w_avg", out)} if w_avg else {}
-        return write.nvlabs_module("MappingNetwork", tensors=tensors, modules=modules)
-
-    def layer(self, name, side, inputs, outputs, w_dim):
-        tensors = {
-            "weight": self(f"{name}.weight", outputs, inputs, 3, 3),
-            "bias": self(f"{name}.bias", outputs),
-            "noise_strength": self(f"{name}.noise_strength"),
-            "noise_const": self(f"{name}.noise_const", side, side),
-            "resample_filter": _FILTER,
-        }
-        modules = {"affine": self.linear(f"{name}.affine", w_dim, inputs)}
-        return write.nvlabs_module(
-            "SynthesisLayer", tensors=tensors, modules=modules, conv_clamp=128, activation="lrelu"
-        )
-
-    def torgb(self, name, inputs, w_dim):
-        tensors = {
-            "weight": self(f"{name}.weight", 1, inputs, 1, 1),
-            "bias": self(f"{name}.bias", 1),
-        }
-        modules = {"affine": self.linear(f"{name}.affine", w_dim, inputs)}
-        return write.nvlabs_module("ToRGBLayer", tensors=tensors, modules=modules)
-
-
-def _nvlabs_generator(make, *, architecture="skip", channels=(8, 6, 4)):
-    w_dim, blocks = 10, {}
-    for i, outputs in enumerate(channels):
-        side, modules = 4 * 2**i, {}
-        name = f"synthesis.b{side}"
-        tensors = {"resample_filter": _FILTER}
-        if i == 0:
-            tensors["const"] = make(f"{name}.const", outputs, 4, 4)
-        else:
-            modules["conv0"] = make.layer(f"{name}.conv0", side, channels[i - 1], outputs, w_dim)
-        modules["conv1"] = make.layer(f"{name}.conv1", side, outputs, outputs, w_dim)
-        modules["torgb"] = make.torgb(f"{name}.torgb", outputs, w_dim)
-        blocks[f"b{side}"] = write.nvlabs_module(
-            "SynthesisBlock", tensors=tensors, modules=modules, architecture=architecture
-        )
-    mapping = make.mapping(z_dim=7, label_dim=3, embed=10, width=9, out=w_dim, layers=2, w_avg=True)
-    synthesis = write.nvlabs_module("SynthesisNetwork", modules=blocks)
-    return write.nvlabs_module("Generator", modules={"synthesis": synthesis, "mapping": mapping})
-
-
-def _nvlabs_discriminator(make, *, architecture="resnet", channels=(8, 6, 4)):
-    modules = {}
-    for i in range(len(channels) - 1, 0, -1):
-        inputs, outputs, name = channels[i], channels[i - 1], f"b{4 * 2**i}"
-        layers = {
-            "conv0": make.conv(f"{name}.conv0", inputs, inputs, 3),
-            "conv1": make.conv(f"{name}.conv1", inputs, outputs, 3),
-            "skip": make.conv(f"{name}.skip", inputs, outputs, 1, bias=False),
-        }
-        if i == len(channels) - 1:
-            layers["fromrgb"] = make.conv(f"{name}.fromrgb", 1, inputs, 1)
-        modules[name] = write.nvlabs_module(
-            "DiscriminatorBlock",
-            tensors={"resample_filter": _FILTER},
-            modules=layers,
-            architecture=architecture,
-        )
-    first = channels[0]
-    epilogue = {
-        "mbstd": write.nvlabs_module("MinibatchStdLayer", group_size=2, num_channels=2),
-        "conv": make.conv("b4.conv", first + 2, first, 3, conv_clamp=None),
-        "fc": make.linear("b4.fc", 16 * first, first),
-        "out": make.linear("b4.out", first, 5),
-    }
-    modules["b4"] = write.nvlabs_module("DiscriminatorEpilogue", modules=epilogue)
-    modules["mapping"] = make.mapping(
-        z_dim=0, label_dim=3, embed=5, width=6, out=5, layers=3, w_avg=False
-    )
-    return write.nvlabs_module("Discriminator", modules=modules)
 
 
 def _read_nvlabs(path, **networks):
@@ -326,8 +212,10 @@ def _read_nvlabs(path, **networks):
 
 
 def test_nvlabs_with_labels_and_other_sizes(path):
-    make, make_d = _Maker(0), _Maker(1)
-    checkpoint = _read_nvlabs(path, G_ema=_nvlabs_generator(make), D=_nvlabs_discriminator(make_d))
+    make, make_d = nvlabs_writer.Maker(0), nvlabs_writer.Maker(1)
+    checkpoint = _read_nvlabs(
+        path, G_ema=nvlabs_writer.generator(make), D=nvlabs_writer.discriminator(make_d)
+    )
     assert checkpoint.generator_hparams == {
         "resolution": 16, "image_channels": 1, "channels": (8, 6, 4), "z_dim": 7, "w_dim": 10,
         "label_dim": 3, "embed_dim": 10, "mapping_layers": 2, "mapping_width": 9,
@@ -355,8 +243,8 @@ def test_nvlabs_with_labels_and_other_sizes(path):
 
 
 def test_the_first_linear_layer_is_permuted(path):
-    make = _Maker(1)
-    checkpoint = _read_nvlabs(path, D=_nvlabs_discriminator(make))
+    make = nvlabs_writer.Maker(1)
+    checkpoint = _read_nvlabs(path, D=nvlabs_writer.discriminator(make))
     x = np.random.default_rng(0).standard_normal((2, 8, 4, 4)).astype(np.float32)
     torch_order = x.reshape(2, -1) @ make.made["b4.fc.weight"].T
     ours = _last(x).reshape(2, -1) @ checkpoint.discriminator["b4"]["fc"]["kernel"]
@@ -365,14 +253,14 @@ def test_the_first_linear_layer_is_permuted(path):
 
 @pytest.mark.parametrize("architecture", ["resnet", "orig"])
 def test_other_generator_architectures_are_refused(path, architecture):
-    network = _nvlabs_generator(_Maker(0), architecture=architecture)
+    network = nvlabs_writer.generator(nvlabs_writer.Maker(0), architecture=architecture)
     with pytest.raises(UserError, match=f"architecture '{architecture}'.*only 'skip'"):
         _read_nvlabs(path, G_ema=network)
 
 
 @pytest.mark.parametrize("architecture", ["skip", "orig"])
 def test_other_discriminator_architectures_are_refused(path, architecture):
-    network = _nvlabs_discriminator(_Maker(0), architecture=architecture)
+    network = nvlabs_writer.discriminator(nvlabs_writer.Maker(0), architecture=architecture)
     with pytest.raises(UserError, match=f"architecture '{architecture}'.*only 'resnet'"):
         _read_nvlabs(path, D=network)
 

@@ -24,13 +24,14 @@ import numpy as np
 
 from lfp_jax import fingerprint
 from lfp_jax.attribution.inversion import Silent, Solution, check, decode_flat, residual
-from lfp_jax.errors import UserError
+from lfp_jax.errors import UserError, brief
 from lfp_jax.logs import Progress
 from lfp_jax.weights import store
 
 _GAIN = 4.0  # the difference of images is small beside the images
 _LEAST = 1e-12  # of norms; images that differ in nothing have no slope
 _SPEED = 10.0  # of the learnt variances: Adam would take thousands of steps to make them small
+_MOST = 2**20  # of any size in a file
 _PROBES = 4  # fixed latents whose coordinates tell one basis from another
 _SAME_BASIS = 0.05  # relative difference of those; one swapped or flipped direction exceeds it
 
@@ -319,17 +320,30 @@ def check_design(estimator, generator, space, *, strength, code):
     """
     theirs, bits = estimator.design, space.carrier.shape[1]
     pairs = {
-        "the generator": (f"'{theirs.generator}'", f"'{generator.name}'"),
-        "the generator's sha256": (theirs.sha256, generator.sha256),
+        "the generator": (brief(theirs.generator), brief(generator.name)),
+        "the generator's sha256": (theirs.sha256[:64], generator.sha256),
         "bits": (theirs.bits, bits),
         "strength": (theirs.strength, float(strength)),
-        "code": (f"'{theirs.code}'", f"'{code}'"),
+        "code": (brief(theirs.code), brief(code)),
     }
     differ = [f"{name} {a}, not {b}" for name, (a, b) in pairs.items() if a != b]
     if not differ and not _same_basis(estimator.probe, _probe(space)):
         differ = ["another basis or shift"]
     if differ:
         raise UserError(f"The estimator was trained for {'; '.join(differ)}. Train one for it.")
+
+
+def _check_kinds(arch, design):
+    """Raise a ValueError where fields of a file are of other kinds than those of a program."""
+    fields = dataclasses.asdict(arch)
+    sizes = [*fields.pop("channels"), *fields.values(), design.bits, design.nuisance]
+    names = (design.generator, design.sha256, design.code)
+    if not all(type(size) is int and 0 < size < _MOST for size in sizes):
+        raise ValueError
+    if not (
+        all(isinstance(name, str) for name in names) and isinstance(design.strength, int | float)
+    ):
+        raise ValueError
 
 
 def _probe(space):
@@ -377,11 +391,14 @@ def load(path, generator, space, *, strength, code):
     """
     tree, metadata = store.load(path)
     if metadata.get("kind") != "estimator":
-        raise UserError(f"'{path}' is a store of kind '{metadata.get('kind')}', not an estimator.")
-    sizes = metadata["architecture"]
-    arch = Architecture(**sizes | {"channels": tuple(sizes["channels"])})
-    tree = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
-    design = Design(**metadata["design"])
-    estimator = Estimator(tree["params"], tree["probe"], tree["sensitivity"], arch, design)
-    check_design(estimator, generator, space, strength=strength, code=code)
+        kind = brief(metadata.get("kind"))
+        raise UserError(f"'{path}' is a store of kind {kind}, not an estimator.")
+    with store.taken_apart(path, "estimator"):
+        sizes = metadata["architecture"]
+        arch = Architecture(**sizes | {"channels": tuple(sizes["channels"])})
+        tree = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree)
+        design = Design(**metadata["design"])
+        _check_kinds(arch, design)
+        estimator = Estimator(tree["params"], tree["probe"], tree["sensitivity"], arch, design)
+        check_design(estimator, generator, space, strength=strength, code=code)
     return estimator

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 
-from lfp_jax.errors import UserError
+from lfp_jax.errors import UserError, brief
 from lfp_jax.generators import assemble, ldm, stylegan2, zoo
 from lfp_jax.weights import ldm as ldm_files
 from lfp_jax.weights import pickles, rosinality, safetensors, store
@@ -33,7 +33,8 @@ def load(source, *, hparams=None, ema=True):
     path = zoo.resolve(source)
     if store.is_store(path):
         tree, metadata = store.load(path)
-        return _from_store(tree, metadata)
+        with store.taken_apart(path, "generator"):
+            return _from_store(tree, metadata)
     return _from_checkpoint(_read(path, hparams=hparams, ema=ema), path)
 
 
@@ -153,7 +154,7 @@ def _from_store(tree, metadata):
     if metadata.get("kind") == "ldm":
         return assemble.from_tree(tree, metadata)
     if metadata.get("kind") != "stylegan2":
-        raise UserError(f"A store of kind '{metadata.get('kind')}' holds no generator.")
+        raise UserError(f"A store of kind {brief(metadata.get('kind'))} holds no generator.")
     arch = _architecture(stylegan2.Architecture, metadata["architecture"])
     networks = {k: tree[k] for k in ("mapping", "synthesis")}
     noise = [tree["noise"][name] for name in sorted(tree["noise"])]

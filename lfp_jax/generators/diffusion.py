@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lfp_jax.errors import UserError, choose
+from lfp_jax.errors import UserError, brief, choose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,21 +65,28 @@ def alphas_cumprod(
         float64 [timesteps], numpy.
 
     Raises:
-        UserError: an unknown schedule, or betas outside [0, 1).
+        UserError: an unknown schedule, or betas outside [0, 1); or with zero_snr none above 0.
     """
+    needs = f"A schedule needs {timesteps} betas from 0 to below 1"
     if betas is None:
         make = choose(schedule, _SCHEDULES, "schedule")
+        if not (0 <= beta_start < 1 and 0 <= beta_end < 1 and 0 <= cosine_offset <= 1e3):
+            given = f"from {beta_start:.4g} to {beta_end:.4g}, offset {cosine_offset:.4g}"
+            raise UserError(f"{needs}; got {given}.")
         betas = make(beta_start, beta_end, timesteps, cosine_offset)
-    betas = np.asarray(betas, np.float64)
+    try:
+        betas = np.asarray(betas, np.float64)
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{needs}; got {brief(betas)}.") from None
     if betas.shape != (timesteps,) or not (np.all(betas >= 0) and np.all(betas < 1)):
-        raise UserError(
-            f"A schedule needs {timesteps} betas from 0 to below 1; got {betas.size} from "
-            f"{betas.min():.4g} to {betas.max():.4g}."
-        )
+        bounds = f" from {betas.min():.4g} to {betas.max():.4g}" if betas.size else ""
+        raise UserError(f"{needs}; got {betas.size}{bounds}.")
     alphas = np.cumprod(1 - betas)
     if not zero_snr:
         return alphas
     root = np.sqrt(alphas)
+    if not root[0] > root[-1]:
+        raise UserError("A schedule that is scaled to end without signal must fall; it does not.")
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 

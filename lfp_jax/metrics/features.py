@@ -136,8 +136,9 @@ def load_classifier(*, path: str | None = None) -> Classifier:
         UserError: the folder is missing, damaged, or holds something else.
     """
     tree, choices = _load(path)
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree["params"])
-    return Classifier(params=params, scale=jnp.asarray(tree["scale"]), choices=choices)
+    with store.taken_apart(path, "attribute classifier"):
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), tree["params"])
+        return Classifier(params=params, scale=jnp.asarray(tree["scale"]), choices=choices)
 
 
 def load_reference(*, path: str | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -150,7 +151,8 @@ def load_reference(*, path: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         UserError: the folder is missing, damaged, or holds something else.
     """
     reference = _load(path)[0]["reference"]
-    return reference["mean"].astype(np.float64), reference["covariance"].astype(np.float64)
+    with store.taken_apart(path, "statistics of features"):
+        return reference["mean"].astype(np.float64), reference["covariance"].astype(np.float64)
 
 
 def _load(path: str | None) -> tuple[dict[str, Any], Choices]:
@@ -159,7 +161,8 @@ def _load(path: str | None) -> tuple[dict[str, Any], Choices]:
     tree, metadata = store.load(path)
     if "choices" not in metadata or set(tree) != {"params", "scale", "reference"}:
         raise UserError(f"'{path}' holds no attribute classifier.")
-    return tree, tuple((name, tuple(values)) for name, values in metadata["choices"])
+    with store.taken_apart(path, "attribute classifier"):
+        return tree, tuple((name, tuple(values)) for name, values in metadata["choices"])
 
 
 @jax.jit

@@ -20,7 +20,7 @@ import json
 import os
 import sqlite3
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Self
 
@@ -28,12 +28,14 @@ import numpy as np
 
 from lfp_jax import keys
 from lfp_jax.errors import UserError
+from lfp_jax.fingerprint import CODES
 from lfp_jax.registry.database import NOW, Database
 from lfp_jax.registry.records import DesignPoint, Issue, Key, PackedKeys
 
 __all__ = ["DesignPoint", "Issue", "Key", "PackedKeys", "Registry"]
 
 _LONGEST_NAME = 200
+_MOST_BITS = 2**20  # of a key; no generator has as many latent directions
 _FEW = 10_000  # so many names are searched for the nearest; of more, the alphabetical neighbours
 _NEIGHBOURS = 500
 _ROWS = 10_000  # fetched at once
@@ -98,7 +100,7 @@ class Registry:
             "location FROM bases JOIN generators ON generators.id = generator ORDER BY bases.id",
             (),
         )
-        return {number: DesignPoint(*fields) for number, *fields in rows}
+        return {number: self._read_point(fields) for number, *fields in rows}
 
     def register(
         self,
@@ -208,6 +210,8 @@ class Registry:
         for rows in self._database.chunks(f"{sql} ORDER BY id", (design,), size=_ROWS):
             some_ids, some_keys = zip(*rows, strict=True)
             ids.append(np.array(some_ids, np.int64))
+            if {len(key) if isinstance(key, bytes) else None for key in some_keys} != {width}:
+                raise self._database.damaged()
             packed.append(np.frombuffer(b"".join(some_keys), np.uint8).reshape(-1, width))
         return PackedKeys(np.concatenate(ids), np.concatenate(packed), bits)
 
@@ -260,7 +264,7 @@ class Registry:
             "WHERE name = ? ORDER BY issues.id",
             (_normal(user),),
         )
-        return [Issue(*(*row[:7], json.loads(row[7]), row[8])) for row in rows]
+        return [self._read_issue(row) for row in rows]
 
     def noises(self, *, design: int) -> set[str]:
         """List the kinds of synthesis noise with which images of a design point were issued."""
@@ -315,7 +319,7 @@ class Registry:
         for *fields, packed, bits in itertools.chain.from_iterable(chunks):
             entry = dict(zip(("user", "design", "created", "revoked"), fields, strict=True))
             if show_keys:
-                entry["key"] = keys.to_hex(_unpack(packed, bits))
+                entry["key"] = keys.to_hex(self._unpack(packed, bits))
             yield entry
 
     def _keys(self, where: str, values: tuple) -> list[Key]:
@@ -324,10 +328,33 @@ class Registry:
             f"JOIN users ON users.id = user JOIN bases ON bases.id = basis {where}",
             values,
         )
+        kinds = (int, str, int, str, str | None)
         return [
-            Key(number, user, design, created, revoked, _unpack(packed, bits))
-            for number, user, design, created, revoked, packed, bits in rows
+            Key(*[*self._database.checked(fields, kinds), self._unpack(packed, bits)])
+            for *fields, packed, bits in rows
         ]
+
+    def _unpack(self, packed: Any, bits: Any) -> np.ndarray:
+        width = -(-bits // 8) if isinstance(bits, int) else None
+        if not isinstance(packed, bytes) or len(packed) != width:
+            raise self._database.damaged()
+        return np.unpackbits(np.frombuffer(packed, np.uint8), count=bits)
+
+    def _read_point(self, fields: Sequence[Any]) -> DesignPoint:
+        kinds = (str, str, str, int, int, float, str, str | None)
+        point = DesignPoint(*self._database.checked(fields, kinds))
+        if not 1 <= point.bits <= _MOST_BITS or point.code not in CODES:
+            raise self._database.damaged()
+        return point
+
+    def _read_issue(self, row: Sequence[Any]) -> Issue:
+        kinds = (int, str, int, str, int, int, str, str, str)
+        row = self._database.checked(row, kinds)
+        try:
+            row[-2] = json.loads(row[-2])
+        except (ValueError, RecursionError):
+            raise self._database.damaged() from None
+        return Issue(*row)
 
     def _design(self, number: int) -> DesignPoint:
         designs = self.designs()
@@ -425,7 +452,3 @@ def _check_name(name: str) -> str:
     if name == _NOBODY:
         raise UserError(f"A user cannot be called '{_NOBODY}': that is a verdict.")
     return name
-
-
-def _unpack(packed: bytes, bits: int) -> np.ndarray:
-    return np.unpackbits(np.frombuffer(packed, np.uint8), count=bits)

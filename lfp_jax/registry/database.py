@@ -1,6 +1,8 @@
 """The SQLite file under a registry: whose it is, its schema, transactions, errors in words."""
 
 import contextlib
+import functools
+import itertools
 import os
 import random
 import sqlite3
@@ -58,6 +60,12 @@ _MIGRATIONS = (
     ),
 )
 
+# All that a file holds besides rows. A trigger or a view of another's making is a program.
+_SCHEMA = (
+    "SELECT type, name, tbl_name, sql FROM sqlite_master "
+    "WHERE sql IS NOT NULL AND NOT (type = 'table' AND name LIKE 'sqlite_stat_') ORDER BY 1, 2"
+)
+
 # What a failure of SQLite means to a user, and what to do.
 _SAYINGS = {
     sqlite3.SQLITE_NOTADB: "is not a registry: it is no SQLite file.",
@@ -98,6 +106,21 @@ class Database:
     def close(self) -> None:
         """Close the file."""
         self._db.close()
+
+    def checked(self, values: Iterable[Any], kinds: Iterable[Any]) -> list[Any]:
+        """Give values of a row, each of its kind: SQLite itself lets any column hold anything.
+
+        Raises:
+            UserError: one is of another kind, which nobody wrote there.
+        """
+        values = list(values)
+        if not all(isinstance(v, kind) for v, kind in zip(values, kinds, strict=True)):
+            raise self.damaged()
+        return values
+
+    def damaged(self) -> UserError:
+        """Make the error of a file that holds what nobody wrote there."""
+        return UserError(f"'{self._path}' {_SAYINGS[sqlite3.SQLITE_CORRUPT]}")
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
@@ -173,6 +196,11 @@ class Database:
         self._execute("PRAGMA journal_mode = WAL", ())
         if version < len(_MIGRATIONS):
             self._migrate()
+        if self.rows(_SCHEMA, ()) != _schema(_MIGRATIONS):
+            raise UserError(
+                f"'{self._path}' is not a registry as this program makes it: its tables were "
+                "changed. Restore it from a backup."
+            )
 
     def _migrate(self) -> None:
         with self.transaction():
@@ -184,6 +212,15 @@ class Database:
             self._db.execute(f"PRAGMA user_version = {max(version, len(_MIGRATIONS))}")
 
 
+@functools.cache
+def _schema(migrations: tuple[tuple[str, ...], ...]) -> list[Any]:
+    """Give the schema that migrations lead to."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as database:
+        for statement in itertools.chain.from_iterable(migrations):
+            database.execute(statement)
+        return database.execute(_SCHEMA).fetchall()
+
+
 @contextlib.contextmanager
 def _in_words(path: str) -> Iterator[None]:
     """Say what SQLite's errors mean; those that no user can mend pass through."""
@@ -191,6 +228,8 @@ def _in_words(path: str) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without the finer distinction
+        if isinstance(error, sqlite3.OperationalError) and not code:
+            code = sqlite3.SQLITE_CORRUPT  # Python's own: a text is not UTF-8
         if code not in _SAYINGS:
             raise
         raise UserError(f"'{path}' {_SAYINGS[code]}") from None

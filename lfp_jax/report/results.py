@@ -5,12 +5,11 @@ trust. One that is damaged is a problem of one line, and the others are read all
 """
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-from lfp_jax import images
+from lfp_jax import images, logs
 from lfp_jax.errors import UserError
 
 _NOTES = ("unit", "features", "network")  # what tells two quantities of one name apart
@@ -123,10 +122,10 @@ def _read(path: Path) -> tuple[Cell, list[str]]:
 def _load(path: Path) -> Any:
     try:
         # JSON has no NaN, but Python writes it: not finite is not measured.
-        return json.loads(path.read_bytes(), parse_constant=lambda _: None)
+        return logs.from_text(path.read_bytes(), parse_constant=lambda _: None)
     except OSError as error:
         raise _Damaged(f"it cannot be read: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         cause = " ".join(str(error).split())[:200]
         raise _Damaged(f"it holds no JSON ({cause}).") from None
 

@@ -1,16 +1,16 @@
 """The spectrum of a generator's Jacobian: how far images move along each direction of a basis."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
 
-from lfp_jax import sensitivity
+from lfp_jax import logs, sensitivity
 from lfp_jax.errors import UserError
 from lfp_jax.weights import store
 
 _LARGEST = 4_096  # latent dimensions of which the principal directions take seconds, not an hour
+_MOST_PIXELS = 2**40  # of an image: more is no number of pixels
 _RMS = "rms (images in [-1, 1])"
 _SUM = "norm (images in [-1, 1])"
 
@@ -52,9 +52,11 @@ def read(path: Path) -> list[Spectrum]:
     tree, metadata = store.load(path)
     try:
         pixels = metadata.get("pixels")
+        if pixels is not None and not (type(pixels) is int and 0 < pixels < _MOST_PIXELS):
+            raise ValueError
         unit, metric = (_SUM, tree["metric"]) if pixels is None else (_RMS, tree["metric"] / pixels)
         found = along(tree["basis"], metric, name=str(metadata["directions"]))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, ArithmeticError):
         raise UserError(f"'{path}' is left out: it holds no basis with its metric.") from None
     return [Spectrum(*each, unit) for each in found]
 
@@ -84,7 +86,7 @@ def along(
 
 def _load(path: Path) -> Spectrum:
     try:
-        record = json.loads(path.read_bytes())
+        record = logs.from_text(path.read_bytes())
         names = ("stddev", "sensitivity")
         spread, change = (np.asarray(record[name], np.float64) for name in names)
         if spread.ndim != 1 or spread.shape != change.shape:
@@ -92,7 +94,7 @@ def _load(path: Path) -> Spectrum:
         if not np.isfinite([spread, change]).all():
             raise ValueError
         return Spectrum(str(record["basis"]), spread, change, _RMS)
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, OverflowError):
         raise UserError(
             f"'{path}' is left out: it must hold a 'basis' and as many numbers in 'stddev' as in "
             "'sensitivity'."

@@ -6,7 +6,6 @@ which needs no TensorFlow; the pictures themselves stay plain PNG files. Images 
 
 import contextlib
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import numpy as np
 
 from lfp_jax import images
 from lfp_jax.errors import UserError, did_you_mean
+from lfp_jax.logs import from_text
 
 SPLITS = ("train", "held_out")
 
@@ -29,7 +29,15 @@ def read_choices(folder: str) -> dict[str, list[str]]:
     """
     if not os.path.isfile(os.path.join(folder, "labels.jsonl")):
         raise UserError(f"No complete picture folder at '{folder}'. {_render(folder)}")
-    return _read_json(folder, "choices.json")
+    choices = _read_json(folder, "choices.json")
+    if not isinstance(choices, dict) or not all(map(_are_names, choices.values())):
+        path = os.path.join(folder, "choices.json")
+        raise UserError(f"'{path}' holds no lists of names. {_render(folder)}")
+    return choices
+
+
+def _are_names(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def load_split(folder: str, split: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -97,34 +105,46 @@ def _render(folder: str) -> str:
 
 def _read_json(folder: str, name: str) -> Any:
     try:
-        with open(os.path.join(folder, name), encoding="utf-8") as file:
-            return json.load(file)
+        with open(os.path.join(folder, name), "rb") as file:
+            return from_text(file.read())
     except (OSError, ValueError) as error:
         path = os.path.join(folder, name)
         raise UserError(f"'{path}' is not readable: {error}. {_render(folder)}") from None
 
 
-def _rows(folder: str, split: str, names: set[str]) -> Iterator[dict[str, Any]]:
+def _rows(folder: str, split: str, choices: dict[str, list[str]]) -> Iterator[dict[str, Any]]:
     """Yield {"file", attribute: int ...} of a split from labels.jsonl."""
     path = os.path.join(folder, "labels.jsonl")
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                row = json.loads(line)
-                example = {"file": row["file"], **row["labels"]}
-                if row["split"] not in SPLITS or set(example) != {"file", *names}:
-                    raise ValueError("unknown split or attributes")
+                row = from_text(line)
+                example = _example(row["file"], row["labels"], choices)
+                if row["split"] not in SPLITS:
+                    raise ValueError("unknown split")
             except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"Line {number} of '{path}' is damaged: {error}.") from None
+                cause = f"{path}' is damaged: {error}"
+                raise UserError(f"Line {number} of '{cause}. {_render(folder)}") from None
             if row["split"] == split:
                 yield example
+
+
+def _example(file: str, labels: dict[str, int], choices: dict[str, list[str]]) -> dict[str, Any]:
+    """Check a row: its picture lies in the folder, and its labels are some of the choices."""
+    if not isinstance(file, str) or os.path.isabs(file) or ".." in file.split("/") or "\0" in file:
+        raise ValueError("its picture does not lie in the folder")
+    if not isinstance(labels, dict) or set(labels) != set(choices):
+        raise ValueError("unknown attributes")
+    if not all(type(n) is int and 0 <= n < len(choices[name]) for name, n in labels.items()):
+        raise ValueError("a label is none of the choices")
+    return {"file": file, **labels}
 
 
 def _read_index(folder: str, split: str) -> list[dict[str, Any]]:
     """Return the rows of a split, in file order, making the array_record index where needed."""
     choices = read_choices(folder)
     for other in SPLITS:
-        if next(_rows(folder, other, set(choices)), None) is None:
+        if next(_rows(folder, other, choices), None) is None:
             raise UserError(f"'{folder}' has no {other} pictures. {_render(folder)}")
     builder = _builder(folder, choices)
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
@@ -162,7 +182,7 @@ def _builder(folder: str, choices: dict[str, list[str]]) -> Any:
             return {split: self._generate_examples(split) for split in SPLITS}
 
         def _generate_examples(self, split):
-            for row in _rows(folder, split, set(choices)):
+            for row in _rows(folder, split, choices):
                 yield row["file"], row
 
     # A folder that was rendered further gets a new index: its name is a hash of the labels.

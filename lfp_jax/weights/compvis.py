@@ -6,8 +6,8 @@ original's.
 
 import re
 
-from lfp_jax.errors import UserError, did_you_mean
-from lfp_jax.weights.hyperparameters import Reader, checked, divisible
+from lfp_jax.errors import UserError, brief, did_you_mean
+from lfp_jax.weights.hyperparameters import MOST_BLOCKS, Reader, checked, divisible
 
 GROUPS = 32  # of every group norm
 
@@ -53,7 +53,11 @@ def first_stage(given, *, tensors, prefix, what, size):
         "codes": outer.get("n_embed", dd.size("quantize.embedding.weight", 0)) if is_vq else 0,
         "image_channels": dd.get("in_channels", dd.size("encoder.conv_in.weight", 1) or 3),
         "out_channels": dd.get("out_ch", dd.size("decoder.conv_out.weight", 0)),
-        "blocks": dd.get("num_res_blocks", dd.highest(r"decoder\.up\.0\.block\.(\d{1,6})\..+")),
+        "blocks": dd.get(
+            "num_res_blocks",
+            dd.highest(r"decoder\.up\.0\.block\.(\d{1,6})\..+"),
+            most=MOST_BLOCKS,
+        ),
         "encoder_attention": tuple(attends and level for level in down),
         "decoder_attention": tuple(attends and level for level in up),
         "middle_attention": attends,
@@ -71,7 +75,7 @@ def _widths(dd):
     """Channels after the first convolution, and of each level."""
     if dd.given.get("ch") is not None and dd.given.get("ch_mult") is not None:
         ch = dd.get("ch", None)
-        return ch, tuple(ch * mult for mult in dd.sizes("ch_mult", None))
+        return ch, tuple(ch * mult for mult in dd.sizes("ch_mult", None, least=1))
     levels = dd.highest(r"decoder\.up\.(\d{1,6})\..+") + 1
     found = [dd.size(f"decoder.up.{i}.block.0.conv1.weight", 0) for i in range(levels)]
     if not found or None in found:
@@ -175,17 +179,18 @@ def unet(given, *, tensors, prefix, what, size):
 
 
 def _levels_by_hparams(r, stem):
-    mult = r.sizes("channel_mult", (1, 2, 4, 8))
+    mult = r.sizes("channel_mult", (1, 2, 4, 8), least=1)
     blocks = r.given.get("num_res_blocks")
     blocks = [blocks] * len(mult) if isinstance(blocks, int) else r.sizes("num_res_blocks", None)
     if len(blocks) != len(mult):
         raise UserError(
-            f"'num_res_blocks' must have {len(mult)} numbers, as channel_mult has; got {blocks}."
+            f"'num_res_blocks' must have {len(mult)} numbers, as channel_mult has; got "
+            f"{brief(blocks)}."
         )
     wanted = r.sizes("attention_resolutions", None)
     return {
         "channels": tuple(stem * m for m in mult),
-        "blocks": tuple(checked("num_res_blocks", b, int) for b in blocks),
+        "blocks": tuple(checked("num_res_blocks", b, int, most=MOST_BLOCKS) for b in blocks),
         "attends": [2**i in wanted for i in range(len(mult))],
         "conv": True,
     }
@@ -223,10 +228,11 @@ def _transformer(r, levels):
     """Transformer blocks at each level, and the width of the context."""
     place = "middle_block.1.transformer_blocks"
     found = r.highest(r"middle_block\.1\.transformer_blocks\.(\d{1,6})\..+") + 1
-    depth = r.get("transformer_depth", found or 1)
+    depth = r.get("transformer_depth", found or 1, most=MOST_BLOCKS)
     context = r.given.get("context_dim")
-    if isinstance(context, list | tuple) and len(set(context)) == 1:
-        context = context[0]  # one a transformer block
+    if isinstance(context, list | tuple):
+        widths = set(r.sizes("context_dim", None))  # one a transformer block
+        context = widths.pop() if len(widths) == 1 else context
     if context is None:
         context = r.get("context_dim", r.size(f"{place}.0.attn2.to_k.weight", 1))
     return (depth,) * levels, checked("context_dim", context, int)

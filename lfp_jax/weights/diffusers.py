@@ -6,8 +6,8 @@ is an error that names the entry.
 
 import re
 
-from lfp_jax.errors import UserError, did_you_mean
-from lfp_jax.weights.hyperparameters import divisible
+from lfp_jax.errors import UserError, brief, did_you_mean
+from lfp_jax.weights.hyperparameters import MOST_BLOCKS, MOST_TIMESTEPS, divisible
 from lfp_jax.weights.latent_tables import DIFFUSERS, DIFFUSERS_OLD
 
 FIRST_STAGES = ("VQModel", "AutoencoderKL")
@@ -57,24 +57,24 @@ class _Config:
 
     def fail(self, key, wanted):
         value = self.config.get(key)
-        raise UserError(f"{self.what}: '{key}' is {value!r:.80}; supported: {wanted}.")
+        raise UserError(f"{self.what}: '{key}' is {brief(value)}; supported: {wanted}.")
 
     def get(self, key, default):
         """Return an entry; null counts as missing."""
         value = self.config.get(key)
         return default if value is None else value
 
-    def number(self, key, default, *, low=1):
-        """Return a whole number from `low` on."""
+    def number(self, key, default, *, low=1, most=2**62):
+        """Return a whole number from `low` to `most`."""
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            self.fail(key, f"a whole number from {low}")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= most:
+            self.fail(key, f"a whole number from {low} to {most:,}")
         return value
 
     def real(self, key, default):
         """Return a number."""
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
             self.fail(key, "a number")
         return float(value)
 
@@ -85,19 +85,19 @@ class _Config:
             self.fail(key, "true or false")
         return value
 
-    def numbers(self, key, default, *, count=None):
-        """Return a tuple of whole numbers from 1; one number stands for `count` of them."""
+    def numbers(self, key, default, *, count=None, most=2**62):
+        """Return a tuple of whole numbers, 1 to `most`; one number stands for `count` of them."""
         value = self.get(key, default)
         value = [value] * count if count and isinstance(value, int) else value
         good = isinstance(value, list | tuple) and count in (None, len(value)) and len(value)
-        if not good or not all(type(n) is int and n > 0 for n in value):
-            self.fail(key, f"a list of {count or 'some'} whole numbers from 1")
+        if not good or not all(type(n) is int and 1 <= n <= most for n in value):
+            self.fail(key, f"a list of {count or 'some'} whole numbers from 1 to {most:,}")
         return tuple(value)
 
     def kinds(self, key, default, known):
         """Return a list of names, each known."""
         value = self.get(key, default)
-        if not isinstance(value, list | tuple):
+        if not isinstance(value, list | tuple) or not all(isinstance(n, str) for n in value):
             self.fail(key, "a list of names")
         for name in value:
             if name not in known:
@@ -136,7 +136,7 @@ def first_stage(config, *, what):
         "codes": c.number("num_vq_embeddings", 256) if is_vq else 0,
         "image_channels": c.number("in_channels", 3),
         "out_channels": c.number("out_channels", 3),
-        "blocks": c.number("layers_per_block", 1),
+        "blocks": c.number("layers_per_block", 1, most=MOST_BLOCKS),
         "encoder_attention": tuple(down[kind] for kind in down_kinds),
         "decoder_attention": tuple(up[kind] for kind in up_kinds)[::-1],
         "middle_attention": c.flag("mid_block_add_attention", True),
@@ -224,7 +224,7 @@ def unet(config, *, what):
     down = [heads[i][_DOWN[kind]] for i, kind in enumerate(down_kinds)]
     up = [heads[i][_UP[kind]] for i, kind in enumerate(up_kinds)]
     scale_shift = c.get("resnet_time_scale_shift", "default") == "scale_shift"
-    blocks = c.numbers("layers_per_block", 2, count=levels)
+    blocks = c.numbers("layers_per_block", 2, count=levels, most=MOST_BLOCKS)
     return {
         "size": _pair(config) or c.number("sample_size", 32),
         "in_channels": c.number("in_channels", 4 if conditional else 3),
@@ -261,7 +261,7 @@ def _heads(c, channels, conditional):
         ]
     # The library's own misnomer: in this class the entry counts heads of transformers.
     counts = c.numbers("attention_head_dim", 8, count=levels)
-    depths = c.numbers("transformer_layers_per_block", 1, count=levels)
+    depths = c.numbers("transformer_layers_per_block", 1, count=levels, most=MOST_BLOCKS)
     made = []
     for width, count, depth in zip(channels, counts, depths, strict=True):
         made.append((None, _split(c, width, count), (count, width // count, depth)))
@@ -305,14 +305,14 @@ def diffusion(config, *, what):
         ("prediction_type", c.get("prediction_type", "epsilon"), _PREDICTIONS),
         ("timestep_spacing", c.get("timestep_spacing", "leading"), _SPACINGS),
     ):
-        if value not in known:
+        if value not in list(known):  # it may be of a kind that no dict can hold
             raise UserError(f"{what}: {did_you_mean(value, list(known), key)}")
     clips = c.flag("clip_sample", is_ddim)
     return {
         "schedule": _SCHEDULES[schedule],
         "beta_start": c.real("beta_start", 1e-4),
         "beta_end": c.real("beta_end", 0.02),
-        "timesteps": c.number("num_train_timesteps", 1000),
+        "timesteps": c.number("num_train_timesteps", 1000, most=MOST_TIMESTEPS),
         "betas": c.get("trained_betas", None),
         "zero_snr": c.flag("rescale_betas_zero_snr", False),
         "prediction": _PREDICTIONS[c.get("prediction_type", "epsilon")],

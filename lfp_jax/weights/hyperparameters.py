@@ -10,9 +10,12 @@ import re
 import numpy as np
 import yaml
 
-from lfp_jax.errors import UserError, did_you_mean
+from lfp_jax.errors import UserError, brief, did_you_mean
 from lfp_jax.weights import tables
 
+MOST_BLOCKS = 1000  # of a level, and timesteps below: no network or schedule has as many
+MOST_TIMESTEPS = 100_000
+_LARGEST = 2**62  # of any other number
 _MAX_FILE = 2**20  # bytes of a JSON or YAML file
 _FIRST_STAGE = ("embed_dim", "n_embed", "ddconfig")
 _DDCONFIG = (
@@ -76,7 +79,8 @@ def sections(hparams):
     _refuse_near_misses(_dict(first.get("ddconfig", {}), "ddconfig"), _DDCONFIG)
     given = {key: top[key] for key in DIFFUSION if top.get(key) is not None}
     for key, value in given.items():
-        checked(key, value, _DIFFUSION_KINDS.get(key, float))
+        most = MOST_TIMESTEPS if key == "timesteps" else None
+        checked(key, value, _DIFFUSION_KINDS.get(key, float), most=most)
     if "model_channels" in top:
         given.pop("image_size", None)
     return {"unet": unet, "first_stage": first, "diffusion": DIFFUSION | given}
@@ -84,7 +88,7 @@ def sections(hparams):
 
 def _dict(value, name):
     if not isinstance(value, dict):
-        raise UserError(f"'{name}' must be a dict of hyperparameters; got {value!r:.80}.")
+        raise UserError(f"'{name}' must be a dict of hyperparameters; got {brief(value)}.")
     return value
 
 
@@ -106,7 +110,7 @@ def _check_unet(unet):
         if key in _UNET_FIXED:
             if value != _UNET_FIXED[key]:
                 raise UserError(
-                    f"The UNet option {key}={value!r:.80} is not supported, only "
+                    f"The UNet option {key}={brief(value)} is not supported, only "
                     f"{_UNET_FIXED[key]}."
                 )
         elif key not in _UNET + _UNET_IGNORED:
@@ -135,7 +139,7 @@ class Reader:
         """Return the highest number that a pattern finds in the names, or -1."""
         return tables.highest(self.tensors, re.escape(self.prefix) + pattern, what=self.what)
 
-    def get(self, key, inferred, *, kind=int, low=1):
+    def get(self, key, inferred, *, kind=int, low=1, most=None):
         """Return a hyperparameter: as given, else as inferred.
 
         Raises:
@@ -148,31 +152,37 @@ class Reader:
                 f"{self.what} does not tell '{key}': give it by hparams, or in the model's YAML "
                 "file beside the checkpoint."
             )
-        return checked(key, value, kind, low=low)
+        return checked(key, value, kind, low=low, most=most)
 
-    def sizes(self, key, inferred):
-        """Return a list of whole numbers as a tuple."""
+    def sizes(self, key, inferred, *, most=None, least=0):
+        """Return a list of at least so many whole numbers as a tuple."""
         value = self.given.get(key)
         value = inferred if value is None else value
         if value is None:
             return self.get(key, None)
-        if not isinstance(value, list | tuple):
-            raise UserError(f"'{key}' must be a list of numbers; got {value!r:.80}.")
-        return tuple(checked(key, item, int) for item in value)
+        if not isinstance(value, list | tuple) or len(value) < least:
+            raise UserError(f"'{key}' must be a list of numbers; got {brief(value)}.")
+        return tuple(checked(key, item, int, most=most) for item in value)
 
 
-def checked(key, value, kind, *, low=1):
+def checked(key, value, kind, *, low=1, most=None):
     """Return a hyperparameter, or raise a UserError if it is not of its kind."""
+    most = _LARGEST if most is None else most
     allowed = int | float if kind is float else kind
     good = isinstance(value, allowed) and (kind is bool or not isinstance(value, bool))
-    if not good or (kind is int and value < low):
+    if (
+        not good
+        or (kind is int and not low <= value <= most)
+        or (kind is float and not -most < value < most)
+    ):
+        to = f" to {most:,}" if good and value > most else ""
         wanted = {
-            int: f"a whole number from {low}",
+            int: f"a whole number from {low}{to}",
             bool: "True or False",
             str: "a name",
             float: "a number",
         }[kind]
-        raise UserError(f"'{key}' must be {wanted}; got {value!r:.80}.")
+        raise UserError(f"'{key}' must be {wanted}; got {brief(value)}.")
     return value
 
 

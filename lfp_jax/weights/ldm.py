@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lfp_jax import files
-from lfp_jax.errors import UserError
+from lfp_jax.errors import UserError, brief, did_you_mean
 from lfp_jax.weights import (
     compvis,
     diffusers,
@@ -248,7 +248,7 @@ def compvis_diffusion(given):
     """
     for key, known in (("beta_schedule", _SCHEDULES), ("parameterization", _PREDICTIONS)):
         if given[key] not in known:
-            raise UserError(f"Unknown {key} '{given[key]}'. Available: {', '.join(sorted(known))}.")
+            raise UserError(did_you_mean(given[key], list(known), key))
     return {
         "schedule": _SCHEDULES[given["beta_schedule"]],
         "beta_start": float(given["linear_start"]),
@@ -279,7 +279,7 @@ def _scale_factor(state, diffusion, path):
 
 def _positive(factor):
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < np.inf:
-        raise UserError(f"scale_factor must be a number above 0; got {factor!r:.80}.")
+        raise UserError(f"scale_factor must be a number above 0; got {brief(factor)}.")
     return float(factor)
 
 
@@ -288,7 +288,7 @@ def _read_folder(path, hparams):
     unknown = [key for key in hparams if key != "scale_factor"]
     if unknown:
         raise UserError(
-            f"A diffusers folder takes only the hyperparameter scale_factor; got {unknown}."
+            f"A diffusers folder takes only the hyperparameter scale_factor; got {brief(unknown)}."
         )
     models = _models(path)
     first = next((m for m in models if m[0]["_class_name"] in diffusers.FIRST_STAGES), None)
@@ -333,7 +333,7 @@ def _models(path):
         if kind in diffusers.FIRST_STAGES + diffusers.UNETS:
             found.append((config, folder))
         else:
-            others.append(str(kind))
+            others.append(kind)
     if not found:
         known = ", ".join(diffusers.FIRST_STAGES + diffusers.UNETS)
         there = f"; it has {tables.some(others)}" if others else ""

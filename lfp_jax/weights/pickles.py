@@ -10,6 +10,7 @@ import mmap
 import os
 import re
 import struct
+import warnings
 import zipfile
 import zlib
 
@@ -45,7 +46,8 @@ def read(path):
             if size == 0:
                 raise Invalid("the file is empty")
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        result = _read(data, Constructors(budget=Budget(size), load_bytes=_no_blob))
+        with warnings.catch_warnings(action="ignore"):  # pickletools', of odd escapes in old texts
+            result = _read(data, Constructors(budget=Budget(size), load_bytes=_no_blob))
     except Invalid as error:
         raise UserError(f"Cannot read '{path}': {error}.") from None
     except OSError as error:

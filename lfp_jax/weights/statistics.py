@@ -1,12 +1,21 @@
 """Statistics of features as `.npz` files: `mu` [f] and `sigma` [f, f], as FID programs do."""
 
+import math
 import os
+import zipfile
 
 import numpy as np
 
 from lfp_jax import files
 from lfp_jax.errors import UserError
 from lfp_jax.weights.machine import show
+
+_ARRAY = b"\x93NUMPY"  # how a file of a single array starts
+_MOST_BYTES = 2**28  # of an array: float64 of 5,792 features
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
 def read(path):
@@ -34,16 +43,41 @@ def read(path):
 
 
 def _load(path):
-    with open(path, "rb") as file:  # np.load would leave a damaged file open
-        held = np.load(file, allow_pickle=False)
-        if not isinstance(held, np.lib.npyio.NpzFile):
+    with open(path, "rb") as file:
+        if file.read(len(_ARRAY)) == _ARRAY:
             raise UserError(f"'{path}' is no .npz file: it holds a single array.")
-        missing = [name for name in ("mu", "sigma") if name not in held.files]
-        if missing:
-            names = ", ".join(show(name) for name in held.files[:5]) or "nothing"
-            lacks = " and ".join(missing)
-            raise UserError(f"'{path}' is no statistics file: it lacks {lacks}; it holds {names}.")
-        return held["mu"], held["sigma"], held["count"] if "count" in held.files else None
+        with zipfile.ZipFile(file) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            missing = [name for name in ("mu", "sigma") if name not in names]
+            if missing:
+                holds = ", ".join(show(name) for name in names[:5]) or "nothing"
+                lacks = f"it lacks {' and '.join(missing)}; it holds {holds}"
+                raise UserError(f"'{path}' is no statistics file: {lacks}.")
+            count = _array(archive, "count") if "count" in names else None
+            return _array(archive, "mu"), _array(archive, "sigma"), count
+
+
+def _array(archive, name):
+    """Read an array as numpy does, but only one whose size is honest: a zip can swell without end.
+
+    Raises:
+        ValueError: it is not.
+    """
+    info = archive.getinfo(f"{name}.npy")
+    if info.file_size > _MOST_BYTES:
+        raise ValueError(f"{name} has {info.file_size:,} bytes; at most {_MOST_BYTES:,} are read")
+    with archive.open(info) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in _HEADERS:
+            raise ValueError(f"{name} is of an unknown version of the format")
+        shape, by_column, dtype = _HEADERS[version](file)
+        size = math.prod(shape) * dtype.itemsize
+        if dtype.kind not in "fiu":
+            raise ValueError(f"{name} is no array of numbers")
+        if file.tell() + size != info.file_size:
+            raise ValueError(f"{name} has {info.file_size:,} bytes, not what its shape needs")
+        flat = np.frombuffer(file.read(size), dtype)
+        return flat.reshape(shape, order="F" if by_column else "C")
 
 
 def _checked(path, mean, covariance, count):

@@ -1,9 +1,12 @@
 """The native store: arrays by Orbax, metadata as JSON beside them. The only user of Orbax."""
 
+import contextlib
 import errno
 import json
+import math
 import os
 import shutil
+import warnings
 
 import jax
 import numpy as np
@@ -13,6 +16,11 @@ from lfp_jax.errors import UserError
 
 _METADATA = "metadata.json"
 _ARRAYS = "arrays"
+_FREE = 2**28  # bytes that a store may take in memory, whatever it takes on disk
+_SWELLS = 32  # above that: how many times its bytes on disk
+
+# Orbax leaves one behind where its metadata are damaged.
+warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
 
 
 def save(path, tree, metadata):
@@ -75,6 +83,7 @@ def load(path):
         arrays = os.path.abspath(os.path.join(path, _ARRAYS))
         with _checkpointer() as checkpointer:
             structure = checkpointer.metadata(arrays).item_metadata.tree
+            _check_size(arrays, structure)
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
             tree = checkpointer.restore(arrays, restore_args=as_numpy)
     except Exception as error:  # Orbax, TensorStore and json raise many kinds for a damaged file
@@ -95,13 +104,53 @@ def _checkpointer():
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
+def _check_size(arrays, structure):
+    """Refuse a few bytes that would become gigabytes: an array of zeros is stored as nothing."""
+    claimed = 0
+    for leaf in jax.tree.leaves(structure):
+        shapes = [leaf.shape, leaf.storage.chunk_shape if leaf.storage else ()]
+        most = max(math.prod(shape or ()) for shape in shapes)  # chunks are read whole
+        claimed += most * np.dtype(leaf.dtype).itemsize
+    held = sum(
+        os.path.getsize(os.path.join(folder, name))
+        for folder, _, names in os.walk(arrays)
+        for name in names
+    )
+    if claimed > _FREE + _SWELLS * held:
+        raise ValueError(f"its {held:,} bytes would become {claimed:,}")
+
+
+@contextlib.contextmanager
+def taken_apart(path, what):
+    """Say in one line that a store holds no `what`, if the block cannot make one of its content.
+
+    Args:
+        path: the folder.
+        what: what it should hold, for the message.
+
+    Raises:
+        UserError: the block failed as it does where entries are missing or of another kind.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
+        raise UserError(f"The weight store '{path}' is damaged: it holds no {what}.") from None
+
+
 def checkpoints(directory, *, keep=2):
     """Open the training checkpoints of a run (an Orbax manager: atomic, the newest `keep`).
 
     Use `.save(step, args=...)` through `save_step`, `.latest_step()` and `restore_step`.
+
+    Raises:
+        UserError: a checkpoint there is damaged.
     """
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-    return ocp.CheckpointManager(os.path.abspath(directory), options=options)
+    directory = os.path.abspath(directory)
+    with _in_words(directory):
+        return ocp.CheckpointManager(directory, options=options)
 
 
 def save_step(manager, step, state):
@@ -111,5 +160,25 @@ def save_step(manager, step, state):
 
 
 def restore_step(manager, step, *, like):
-    """Read the training state of a step, with the shapes, dtypes and shardings of `like`."""
-    return manager.restore(step, args=ocp.args.StandardRestore(like))
+    """Read the training state of a step, with the shapes, dtypes and shardings of `like`.
+
+    Raises:
+        UserError: it is damaged, or of another run.
+    """
+    with _in_words(os.path.join(manager.directory, str(step))):
+        return manager.restore(step, args=ocp.args.StandardRestore(like))
+
+
+@contextlib.contextmanager
+def _in_words(path):
+    """Say in one line that checkpoints cannot be read."""
+    try:
+        yield
+    except Exception as error:  # Orbax, TensorStore and json raise many kinds for a damaged file
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise  # the disk is full or read-only, which main says
+        cause = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"Training cannot go on from '{path}': {cause}. Delete the last checkpoint to go on "
+            "from the one before."
+        ) from None

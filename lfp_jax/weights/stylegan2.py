@@ -111,7 +111,9 @@ def _is_module(value):
 
 
 def _is_state(value):
-    return isinstance(value, dict) and any(isinstance(x, np.ndarray) for x in value.values())
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        return False
+    return any(isinstance(x, np.ndarray) for x in value.values())
 
 
 def _describe(content):
