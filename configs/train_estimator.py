@@ -24,8 +24,7 @@ And that of `ldm-demo`, where the time goes to DDIM, at 5,000 pairs a second of 
         --config.shift=48 --config.strength=5 --config.total_pairs=500000 --config.batch=256 \\
         --config.learning_rate=2e-3
 
-Over several processes, here two on one machine, the losses are the same; they leave a checkpoint,
-from which the first command then writes the estimator:
+Over several processes, here two on one machine, the losses are the same:
 
     python -m lfp_jax.main --config=configs/train_estimator.py --distributed \\
         --coordinator=localhost:12345 --processes=2 --process=0    (and --process=1)

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import lfp_jax
-from lfp_jax import main, options
+from lfp_jax import design, main, options
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = Path(__file__).parent.parent
@@ -80,6 +80,16 @@ def test_the_mathematics_names_what_there_is():
         module = importlib.import_module(path.replace("/", "."))
         for function in re.findall(r"`(\w+)`", functions):
             assert hasattr(module, function), f"{path}: {function}"
+
+
+@pytest.mark.parametrize("name", ["stylegan2-demo", "ldm-demo"])
+def test_a_pass_takes_the_operations_that_the_launches_say(name):
+    generator = design.load_generator(name)
+    latent = jax.ShapeDtypeStruct((1, *generator.latent_shape), np.float32)
+    counted = jax.jit(lambda g, w: g.decode(w)).lower(generator, latent).cost_analysis()["flops"]
+    config = "stylegan2" if name == "stylegan2-demo" else "ldm"
+    [row] = re.findall(rf"^\| `{config}\.py` \| ([\d.]+) .*$", _text("launch", "README.md"), re.M)
+    np.testing.assert_allclose(float(row), counted / 1e9, rtol=0.01)
 
 
 def test_the_share_of_signal_is_as_the_mathematics_says():
