@@ -8,10 +8,11 @@
 Each carrier, a basis and a shift, takes steps that change the image alike, of a strength at which
 key and all the carrier displaces change it by the asked root mean square, images in [-1, 1]. The
 same latents, keys, noise and starts for all; the estimator, `lm` by default, is not told of the
-attack. The result of a carrier under an attack is one JSON file, so that the command goes on where
-it was stopped; bases are kept in the same folder. A carrier whose part of the plain picture alone
-is more than the asked change is said to be out of reach. With --plan-only nothing is estimated,
-only predicted.
+attack. The result of a carrier under an attack is one JSON file; what was read of its images so
+far, and bases, are kept in the same folder: give the command again to go on where it was stopped,
+or several times at once to share the work. A carrier whose part of the plain picture alone is more
+than the asked change is said to be out of reach. With --plan-only nothing is estimated, only
+predicted.
 """
 
 import argparse
@@ -23,10 +24,11 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from bench import parts
 from bench.rows import attack_names, draw_bits, load_config
 from lfp_jax import attacks, basis, design, fingerprint, images, logs, planner, seeds
 from lfp_jax.errors import UserError
-from lfp_jax.experiment import Bench
+from lfp_jax.experiment import Bench, Estimate
 
 CARRIERS = (
     ("sensitivity", 64), ("fisher", 0), ("pca", 448), ("jacobian", 64), ("pca", 256), ("random", 0),
@@ -77,14 +79,29 @@ class Carrier:
         )  # fmt: skip
         return planner.summary(plan)
 
-    def measure(self, attack):
-        """Run it under an attack; {quantity: {"value", ...}}."""
+    def reader(self, attack):
+        """Give a function of `parts.estimate` for its images under an attack."""
         self.config.attack = attack
-        return self.bench.measure(self.config, self.folder).metrics
+        config, folder, bench = self.config.copy_and_resolve_references(), self.folder, self.bench
+        seen = bench.attacked(config, folder)
+
+        def read(start, stop):
+            found = bench.estimate(config, folder, seen, rows=np.arange(start, stop))
+            each = found.seconds / (stop - start)
+            return found.solution, {"seconds": np.full(stop - start, each)}
+
+        return read
+
+    def measure(self, attack, solution, seconds):
+        """Measure what was read of all its images; {quantity: {"value", ...}}."""
+        self.config.attack = attack
+        seen = self.bench.attacked(self.config, self.folder)
+        estimate = Estimate(solution, seconds, 0.0)
+        return self.bench.assess(self.config, self.folder, seen, estimate).metrics
 
 
-def result(carrier, attack, options):
-    """Give what goes into the file of a carrier under an attack."""
+def result(carrier, attack, name, options):
+    """Give what goes into the file of a carrier under an attack; None while images are left."""
     config = carrier.config
     about = {"basis": config.basis, "shift": config.shift, "attack": attack, "bits": config.bits}
     about |= {"displaced": carrier.displaced, "asked": options.change, "images": options.images}
@@ -92,8 +109,14 @@ def result(carrier, attack, options):
         return about
     spread = np.median(0.5 * config.strength / carrier.point.space.carrier_stddev)
     about |= {"strength": config.strength, "standard_deviations": float(spread)}
-    about["plan"] = carrier.plan(attack, options.planned)
-    return about if options.plan_only else about | {"metrics": carrier.measure(attack)}
+    if options.plan_only:
+        return about | {"plan": carrier.plan(attack, options.planned)}
+    sets = {name: (options.images, lambda: carrier.reader(attack))}
+    if not parts.estimate(options.out, sets, size=options.part):
+        return None
+    solution, more = parts.load(options.out, name)
+    metrics = carrier.measure(attack, solution, more["seconds"].sum())
+    return about | {"plan": carrier.plan(attack, options.planned), "metrics": metrics}
 
 
 def _wrong(result):
@@ -154,7 +177,7 @@ def table(results):
     return "\n".join(lines)
 
 
-def _parse():
+def _parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="stylegan2", help="of configs/, and its switches")
     parser.add_argument("--out", default="runs/directions", help="folder of bases and results")
@@ -165,26 +188,28 @@ def _parse():
     parser.add_argument("--change", type=float, default=0.06, help="rms, images in [-1, 1]")
     parser.add_argument("--carriers", help="e.g. fisher:0,pca:448; default all")
     parser.add_argument("--estimator", default="lm")
+    parser.add_argument("--part", type=int, default=8, help="images estimated before any is kept")
     parser.add_argument("--plan-only", action="store_true", help="predict alone")
     parser.add_argument("--plot", help="PNG to draw of all results in the folder")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main():
+def main(argv=None):
     """Run what has no result yet, print all results, draw them."""
-    options, bench = _parse(), Bench()
+    options, bench = _parse(argv), Bench()
     out, carriers = Path(options.out), CARRIERS
     if options.carriers:
         carriers = [(n, int(s)) for n, s in (c.split(":") for c in options.carriers.split(","))]
     for name, shift in () if options.plot else carriers:
         carrier = None
         for attack in attack_names(options.attacks):
-            label = f"{name}-{shift}-{attack}-{options.change:g}-{options.images}"
-            label += "-plan.json" if options.plan_only else ".json"
-            file = out / label.replace(":", "-")
+            label = f"{name}-{shift}-{attack}-{options.change:g}-{options.images}".replace(":", "-")
+            file = out / (label + ("-plan.json" if options.plan_only else ".json"))
             if not file.exists():
                 carrier = carrier or Carrier(options, name, shift, bench)
-                logs.write_json(file, result(carrier, attack, options))
+                found = result(carrier, attack, label, options)
+                if found:
+                    logs.write_json(file, found)
     results = [json.loads(f.read_text()) for f in sorted(out.glob("*.json"))]
     print(table(results))
     if options.plot:

@@ -11,7 +11,7 @@ generator, of flat colours, noise and stripes, and squares out of the files of `
 is named for one of those is named wrongly. A null trial is an image and a key that did not make it,
 at a rate of 1e-3.
 
-What the estimator says is kept in OUT/parts, some images a file: give the command again to go on
+What the estimator says is kept in OUT/parts: give the command again to go on
 where it was stopped, or several times at once to share the work. What is there is judged anew.
 """
 
@@ -21,10 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
+from bench import parts
 from bench.rows import attack_names, draw_bits, load_config, mean, rate
-from lfp_jax import basis, design, files, generators, images, logs, seeds
+from lfp_jax import basis, design, generators, images, logs, seeds
 from lfp_jax.attribution import verdict
-from lfp_jax.cells import Folder
 from lfp_jax.experiment import Bench
 from lfp_jax.generators import zoo
 from lfp_jax.metrics import accuracy
@@ -32,7 +32,7 @@ from lfp_jax.metrics import accuracy
 _NULL_RATE, _NULL_KEYS = 1e-3, 1_000  # of null trials, and keys that each image is tried against
 
 
-def _parse():
+def _parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="stylegan2", help="of configs/, and its switches")
     parser.add_argument("--attacks", nargs="*", default=["none", "paper"])
@@ -45,7 +45,7 @@ def _parse():
     parser.add_argument("--out", default="runs/identification", help="folder of results")
     parser.add_argument("--part", type=int, default=25, help="images estimated before any is kept")
     parser.add_argument("--no-judging", action="store_true", help="estimate alone")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def _config(options):
@@ -58,15 +58,17 @@ def _config(options):
 
 
 def _sets(options, config, bench):
-    """Give {name: (how many, a function that makes them and their keys or None)}."""
+    """Give the sets of `parts.estimate`."""
     sets = {}
     for name in attack_names(options.attacks):
-        sets[name.replace(":", "-")] = options.images, partial(_attacked, name, options, config)
+        sets[name.replace(":", "-")] = (
+            options.images, partial(_attacked, name, options, config, bench),
+        )  # fmt: skip
     if options.foreign:
         other = next(name for name in zoo.BUNDLED if name != bench.generator(config).name)
         names = ["plain", other, "flat", "noise", "stripes", *["photos"][: bool(options.photos)]]
         for name in names:
-            make = partial(_foreign, name, options, config)
+            make = partial(_foreign, name, options, config, bench)
             sets[f"foreign-{name}"] = options.foreign, make
     return sets
 
@@ -74,35 +76,18 @@ def _sets(options, config, bench):
 def _attacked(name, options, config, bench):
     config.attack = name
     marked = bench.marked(config, options.out)
-    return bench.attacked(config, options.out), marked.users[marked.owner]
+    seen = bench.attacked(config, options.out)
+    return _reader(seen, marked.users[marked.owner], options, config, bench)
 
 
-def _estimate(options, config, bench):
-    """Estimate what is missing and nobody else is at, and keep it."""
-    folder, parts = Folder(options.out), Path(options.out) / "parts"
-    parts.mkdir(parents=True, exist_ok=True)
-    for name, (count, make) in _sets(options, config, bench).items():
-        made = None
-        for start in range(0, count, options.part):
-            part = f"{name}-{start:05}"
-            path = parts / f"{part}.npz"
-            claim = None if path.exists() else folder.claim(part)
-            if claim is None:
-                continue
-            with claim:
-                if path.exists():  # by now
-                    continue
-                print(part, flush=True)
-                made = made or make(bench)
-                seen, bits = (each[start : start + options.part] for each in made)
-                _keep(path, bench.estimate(config, options.out, seen).solution, bits)
+def _reader(seen, bits, options, config, bench):
+    """Give a function of `parts.estimate`, which keeps the keys beside what is read."""
 
+    def read(start, stop):
+        found = bench.estimate(config, options.out, seen, rows=np.arange(start, stop))
+        return found.solution, {"bits": bits[start:stop]}
 
-def _keep(path, solution, bits):
-    fields = ("soft_bits", "evaluations", "residual")
-    arrays = {name: getattr(solution, name) for name in fields} | {"bits": bits}
-    with files.replacing(path) as part, open(part, "wb") as file:
-        np.savez_compressed(file, **arrays)
+    return read
 
 
 def _foreign(name, options, config, bench):
@@ -117,13 +102,14 @@ def _foreign(name, options, config, bench):
         made = [_stripes(rng, shape) for _ in range(n)]
     elif name == "photos":
         paths = images.find(options.photos)
-        made = [_part(rng, images.read(paths[i % len(paths)])) for i in range(n)]
+        made = [_square(rng, images.read(paths[i % len(paths)])) for i in range(n)]
     else:
         maker = generator if name == "plain" else generators.load(name)
         latents = basis.sample(seeds.key(config.seed, seeds.FOREIGN), maker, n)
         made = images.to_uint8(design.decode(maker, latents))
     fitted = np.stack([images.fit(np.asarray(each, np.uint8), shape) for each in made])
-    return images.from_uint8(fitted), np.zeros((n, 0), np.uint8)
+    nobodys = np.zeros((n, 0), np.uint8)
+    return _reader(images.from_uint8(fitted), nobodys, options, config, bench)
 
 
 def _stripes(rng, shape):
@@ -135,7 +121,7 @@ def _stripes(rng, shape):
     return np.where(wave[..., None] > 0.0, *colours)
 
 
-def _part(rng, u8):
+def _square(rng, u8):
     """Cut a square of any size out of an image, not smaller than 64 pixels."""
     least = min(*u8.shape[:2])
     side = int(rng.integers(min(64, least), least + 1))
@@ -146,23 +132,21 @@ def _part(rng, u8):
 # --- judging -------------------------------------------------------------------------------------
 
 
-def _judge(name, paths, strangers, decoys, options):
-    """Judge the images of some files; the table's row.
+def _judge(name, strangers, decoys, options):
+    """Judge the images of a set; the table's row.
 
     Args:
-        name: of the row.
-        paths: of files of `_keep`; images with keys of their own are of the first of all users.
+        name: of the set; images with keys of their own are of the first of all users.
         strangers: keys [m, k] of users who made none.
         decoys: of `verdict.draw_decoys`.
         options: of the command line.
     """
-    parts = [dict(np.load(path)) for path in paths]
-    found = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-    own, (n, bits) = found["bits"], found["soft_bits"].shape
+    found, more = parts.load(options.out, name)
+    own, (n, bits) = more["bits"], found.soft_bits.shape
     users = np.concatenate([own, strangers])[: options.users] if own.size else strangers
     users = verdict.index(np.packbits(users, axis=1), bits=bits)
-    ratios = verdict.ratios(found["soft_bits"])
-    row = {"name": name, "evaluations": mean(found["evaluations"])}
+    ratios = verdict.ratios(found.soft_bits)
+    row = {"name": name, "evaluations": mean(found.evaluations)}
     for score in ("soft", "hard"):
         form = {"rate": options.rate, "score": score, "decoys": decoys}
         named = [verdict.judge(llr, users, **form).user for llr in ratios]
@@ -171,7 +155,7 @@ def _judge(name, paths, strangers, decoys, options):
         row[score] = {"right": _rate(hits, n), "wrong": _rate(wrong, n)}
         row[score]["null"] = _null(ratios, strangers[:_NULL_KEYS], score)
     if own.size:
-        row["bit_accuracy"] = rate(accuracy.bit_accuracy(found["soft_bits"] > 0.5, own))
+        row["bit_accuracy"] = rate(accuracy.bit_accuracy(found.soft_bits > 0.5, own))
     return row
 
 
@@ -207,20 +191,18 @@ def _line(row):
     return "  ".join([*parts, f"bits {bits}", f"evaluations {evaluations:.0f}", f"n {n}"])
 
 
-def main():
+def main(argv=None):
     """Estimate what is missing, judge all, print a table and write identification.json."""
-    options = _parse()
+    options = _parse(argv)
     config, bench, out = _config(options), Bench(), Path(options.out)
-    _estimate(options, config, bench)
+    parts.estimate(out, _sets(options, config, bench), size=options.part)
     if options.no_judging:
         return
     key = seeds.key(config.seed, seeds.STRANGERS)
     strangers, rows = draw_bits(key, options.users, config.bits), []
-    decoys, sets = verdict.draw_decoys(bits=config.bits), {}
-    for path in sorted((out / "parts").glob("*.npz")):
-        sets.setdefault(path.stem.rpartition("-")[0], []).append(path)
-    for name, paths in sets.items():
-        rows.append(_judge(name, paths, strangers, decoys, options))
+    decoys = verdict.draw_decoys(bits=config.bits)
+    for name in parts.names(out):
+        rows.append(_judge(name, strangers, decoys, options))
         print(_line(rows[-1]), flush=True)
     about = {"settings": config.to_dict(), "users": options.users, "rate": options.rate}
     logs.write_json(out / "identification.json", about | {"rows": rows})

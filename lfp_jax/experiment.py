@@ -173,13 +173,14 @@ class Bench:
         made = self.marked(config, workdir).images
         return attacks.apply(seeds.key(config.seed, seeds.ATTACK), made, attack)
 
-    def estimate(self, config, workdir, seen, *, makers=None):
+    def estimate(self, config, workdir, seen, *, rows=None, makers=None):
         """Estimate keys, from pixels alone.
 
         Args:
             config: see configs/stylegan2.py.
             workdir: folder of the basis.
             seen: images [n, H, W, C] in [-1, 1], of 8 bits.
+            rows: indices of those to estimate; None: all.
             makers: the generator of each, where they differ and it is known.
 
         Returns:
@@ -192,8 +193,9 @@ class Bench:
         key = seeds.key(config.seed, seeds.BANK)
         estimator, setup_seconds = design.estimator(key, point, config, make_bank=make_bank)
         start, key = time.monotonic(), seeds.key(config.seed, seeds.ESTIMATE)
+        rows = np.arange(len(seen)) if rows is None else rows
         read = partial(_estimate, estimator, key, makers, point, seen, config)
-        solution = self._spread(read, len(seen))
+        solution = self._spread(lambda own: read(rows[own]), len(rows))
         return Estimate(solution, time.monotonic() - start, setup_seconds)
 
     def measure(self, config, workdir):
@@ -209,9 +211,22 @@ class Bench:
         Raises:
             UserError: as of `run`.
         """
+        seen, makers = self.attacked(config, workdir), self.marked(config, workdir).makers
+        estimate = self.estimate(config, workdir, seen, makers=makers)
+        return self.assess(config, workdir, seen, estimate)
+
+    def assess(self, config, workdir, seen, estimate):
+        """Measure what was read from the attacked images of a config.
+
+        Args:
+            config, workdir: as of `measure`.
+            seen: of `attacked`.
+            estimate: an Estimate of all of them.
+
+        Returns:
+            A Result.
+        """
         point, marked = self.prepare(config, workdir), self.marked(config, workdir)
-        seen = self.attacked(config, workdir)
-        estimate = self.estimate(config, workdir, seen, makers=marked.makers)
         solution = estimate.solution
         n, truth = config.images, marked.users[marked.owner]
         plain, made = marked.plain, marked.images

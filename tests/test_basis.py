@@ -287,6 +287,7 @@ def test_where_images_are_linear_the_fisher_directions_are_the_sensitive_ones(na
     np.testing.assert_allclose(np.abs(np.sum(told * sensitive, axis=0)), 1.0, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_the_mean_posterior_is_that_of_whole_jacobians_and_clipped_pixels_say_nothing():
     arch = stylegan2.Architecture(
         resolution=8, channels=(8, 8), z_dim=12, w_dim=12, mapping_layers=1, mapping_width=12
@@ -306,7 +307,10 @@ def test_the_mean_posterior_is_that_of_whole_jacobians_and_clipped_pixels_say_no
         sensitivity.mean_posterior(jax.random.key(3), generator, steps, noise=1e-3)
 
 
-@pytest.mark.parametrize(("name", "family"), [("random", stylegan2_config), ("fisher", ldm_config)])
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [("random", stylegan2_config), pytest.param("fisher", ldm_config, marks=pytest.mark.slow)],
+)
 def test_named_directions_are_stored_and_found_again(name, family, tmp_path):
     config = family.get_config("tiny")
     config.update(basis=name, equalise=True, strength=0.05, basis_samples=128, metric_samples=64)

@@ -196,6 +196,7 @@ def test_a_run_begins_where_another_ended(whole, generator, tmp_path):
         trainer.train(**narrow)
 
 
+@pytest.mark.slow
 def test_it_learns_to_read_keys_it_never_saw(generator, space, tmp_path):
     settings = _settings(generator, tmp_path, total_pairs=32 * 300, attacks="paper")
     settings |= {"log_every": 100, "save_every": 300, "evaluate_every": 1000}

@@ -68,7 +68,7 @@ def test_keys_come_back_from_8_bit_images(model, cases, code):
     np.testing.assert_array_equal(again, cases[code][0])
 
 
-@pytest.mark.parametrize("name", ["blur", "brightness"])
+@pytest.mark.parametrize("name", [pytest.param("blur", marks=pytest.mark.slow), "brightness"])
 def test_the_strength_of_an_attack_is_estimated_with_the_latent(model, cases, name):
     keys, made, bank = cases["antipodal"]
     options = {"blur": {"sigma": 0.7}, "brightness": {"factor": 0.8}}[name]

@@ -8,11 +8,6 @@ import nbformat
 import pytest
 
 NOTEBOOKS = sorted(Path("launch/colab").glob("*.ipynb"))
-_LONG = {"stylegan2_demo", "ldm_demo"}  # a minute or two each
-RUN = [
-    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in _LONG else [])
-    for path in NOTEBOOKS
-]
 
 
 def test_they_are_the_three_that_the_readme_names():
@@ -33,7 +28,8 @@ def test_they_are_kept_without_outputs_and_say_where_they_open(path):
     assert not any("pip install" in "".join(cell["source"]) for cell in code[1:])
 
 
-@pytest.mark.parametrize("path", RUN)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_they_run(path, tmp_path, monkeypatch):
     root = Path.cwd()
     monkeypatch.setenv("PYTHONPATH", str(root))
