@@ -28,6 +28,7 @@ DIRECTIONS = dict.fromkeys(("pca", "sensitivity", "random", "jacobian", "fisher"
 _CHUNK = 4096  # latents brought to float64 at once
 _BATCH = 64  # latents sampled at once
 _LEAST_SPREAD = 1e-6  # of a direction, as a share of the widest's: it has a dual all the same
+_MOST_PIXELS = 2**40  # of an image: more is no number of pixels
 _INFORMED = 1_024  # most sensitive directions, at most, whose information is measured
 
 
@@ -356,6 +357,18 @@ def sample(key: jax.Array, generator: Any, n: int, *, start: int = 0) -> np.ndar
 @jax.jit
 def _sample(key: jax.Array, generator: Any, start: int) -> jax.Array:
     return generator.sample(key, _BATCH, start=start)
+
+
+def stored_pixels(metadata: dict[str, Any]) -> int | None:
+    """Give the values of an image, colours apart, that a stored basis tells; None: it tells none.
+
+    Raises:
+        ValueError: what it tells is no such number.
+    """
+    pixels = metadata.get("pixels")
+    if pixels is not None and not (type(pixels) is int and 0 < pixels < _MOST_PIXELS):
+        raise ValueError(f"An image cannot have {pixels!r} values.")
+    return pixels
 
 
 def block(basis: Basis, *, shape: tuple[int, ...], channels: int) -> Basis:

@@ -15,7 +15,6 @@ over by creating the file of the next number, which again only one process can.
 """
 
 import contextlib
-import json
 import os
 import socket
 import tempfile
@@ -132,8 +131,8 @@ class Folder:
     def _void(self, path: epath.Path) -> bool:
         text = path.read_bytes()
         # Of one that is just being rewritten; a damaged one is void when it has stood still.
-        with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
-            holder = json.loads(text)
+        with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError):
+            holder = logs.from_text(text)
             if holder["released"]:
                 return True
             if holder["host"] == socket.gethostname() and not _alive(holder["pid"]):

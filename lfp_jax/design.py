@@ -25,7 +25,6 @@ from lfp_jax.generators import ldm, stylegan2, untrained, zoo
 from lfp_jax.metrics import features, perceptual
 from lfp_jax.weights import store
 
-_MOST_PIXELS = 2**40  # of an image: more is no number of pixels
 REGISTRY = "registry.sqlite"  # of a work folder, unless another one is given
 
 _BATCH = 64
@@ -150,13 +149,12 @@ def stored_basis(config, workdir):
     if not store.is_store(basis_path(workdir)):
         return None
     tree, metadata = store.load(basis_path(workdir))
-    pixels = metadata.get("pixels")
-    if not _fits(metadata, basis_settings(config)) or (config.get("equalise") and not pixels):
+    if not _fits(metadata, basis_settings(config)):
+        return None
+    if config.get("equalise") and not metadata.get("pixels"):
         return None
     with store.taken_apart(basis_path(workdir), "basis"):
-        if pixels is not None and not (type(pixels) is int and 0 < pixels < _MOST_PIXELS):
-            raise ValueError
-        carrier = _carrier(config, tree["metric"], pixels)
+        carrier = _carrier(config, tree["metric"], basis.stored_pixels(metadata))
         return metadata["sha256"], basis.split(basis.Basis(**tree["basis"]), **carrier)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from lfp_jax import design, generators, images, keys, logs, ownership
+from lfp_jax import design, generators, images, keys, logs, ownership, sharding
 from lfp_jax.errors import UserError
 
 _HEADER = f"{'verdict':<20} {'p-value':>9} {'threshold':>9} {'bits':>8} {'residual':>8}  file"
@@ -71,7 +71,7 @@ def _attribute(config, workdir, *, paths, registry, rate, pool, form, **_):
     # On a terminal the answers themselves show how far it is.
     options: dict[str, Any] = {"progress": not (sys.stdout.isatty() and sys.stderr.isatty())}
     options |= {"registry": registry, "rate": _rate(rate), "pool": pool}
-    if table:
+    if table and sharding.is_first():
         print(_HEADER, flush=True)
     for answer in ownership.attribute(config, workdir, paths, **options):
         if "error" in answer:

@@ -53,18 +53,20 @@ def run(config, workdir):
         print(generators.describe(bench.generator(config)), flush=True)
     marked = bench.marked(config, workdir)
     if first:
-        images.write_pngs(workdir / "images", images.to_uint8(marked.images))
-        of_image = {"user_of_image": marked.owner}
-        logs.write_json(
-            workdir / "keys.json", {"keys": [keys.to_hex(user) for user in marked.users]} | of_image
-        )
+        _write_marked(workdir, marked)
     result = bench.measure(config, workdir)
     if first:
-        _write(workdir, config, bench.generator(config), result)
+        _write_result(workdir, config, bench.generator(config), result)
     sharding.wait_for_all("experiment")
 
 
-def _write(workdir, config, generator, result):
+def _write_marked(workdir, marked):
+    images.write_pngs(workdir / "images", images.to_uint8(marked.images))
+    issued = {"keys": [keys.to_hex(user) for user in marked.users], "user_of_image": marked.owner}
+    logs.write_json(workdir / "keys.json", issued)
+
+
+def _write_result(workdir, config, generator, result):
     if attacks.find(config.attack).steps:
         images.write_pngs(workdir / "attacked", images.to_uint8(result.seen))
     about = {"settings": config.to_dict()} | about_run(generator)

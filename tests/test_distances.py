@@ -138,9 +138,7 @@ def test_statistics_far_from_zero_lose_nothing():
 
 def test_one_process_merges_with_itself():
     own = distances.statistics(np.eye(3))
-    merged = distances.merge_processes(own)
-    assert merged.count == own.count
-    np.testing.assert_array_equal(merged.scatter, own.scatter)
+    assert distances.merge_processes(own) is own
 
 
 def test_golden_kernel_distance(golden):

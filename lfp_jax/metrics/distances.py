@@ -96,6 +96,8 @@ def merge_processes(own: Statistics) -> Statistics:
     Args:
         own: of this process's share of the images; it may be empty.
     """
+    if jax.process_count() == 1:
+        return own
     flat = np.concatenate([[own.count], own.mean, own.scatter.ravel()]).astype(np.float64)
     rows = sharding.stack(flat[None])
     f = own.mean.size

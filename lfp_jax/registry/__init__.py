@@ -26,7 +26,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from lfp_jax import keys
+from lfp_jax import keys, logs
 from lfp_jax.errors import UserError
 from lfp_jax.fingerprint import CODES
 from lfp_jax.registry.database import NOW, Database
@@ -351,8 +351,8 @@ class Registry:
         kinds = (int, str, int, str, int, int, str, str, str)
         row = self._database.checked(row, kinds)
         try:
-            row[-2] = json.loads(row[-2])
-        except (ValueError, RecursionError):
+            row[-2] = logs.from_text(row[-2])
+        except ValueError:
             raise self._database.damaged() from None
         return Issue(*row)
 

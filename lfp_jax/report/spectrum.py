@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from lfp_jax import logs, sensitivity
+from lfp_jax.basis import stored_pixels
 from lfp_jax.errors import UserError
 from lfp_jax.weights import store
 
 _LARGEST = 4_096  # latent dimensions of which the principal directions take seconds, not an hour
-_MOST_PIXELS = 2**40  # of an image: more is no number of pixels
 _RMS = "rms (images in [-1, 1])"
 _SUM = "norm (images in [-1, 1])"
 
@@ -51,9 +51,7 @@ def read(path: Path) -> list[Spectrum]:
         return [_load(path)]
     tree, metadata = store.load(path)
     try:
-        pixels = metadata.get("pixels")
-        if pixels is not None and not (type(pixels) is int and 0 < pixels < _MOST_PIXELS):
-            raise ValueError
+        pixels = stored_pixels(metadata)
         unit, metric = (_SUM, tree["metric"]) if pixels is None else (_RMS, tree["metric"] / pixels)
         found = along(tree["basis"], metric, name=str(metadata["directions"]))
     except (KeyError, TypeError, ValueError, ArithmeticError):
