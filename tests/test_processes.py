@@ -99,6 +99,7 @@ def test_an_experiment_of_two_processes_is_that_of_one(
     assert len(list((tmp_path / "two" / "images").glob("*.png"))) == 3
 
 
+@pytest.mark.slow
 def test_a_grid_of_two_processes_is_that_of_one(
     two_processes, tmp_path, pytestconfig, quick_compilation
 ):
