@@ -1,12 +1,12 @@
 """Training of the learned estimator: right pairs, any split over devices, resume, learning."""
 
-import subprocess
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import main_in_two
 from training_runs import log_lines
 
 from lfp_jax import attacks, basis, fingerprint, generators, images, main, sharding
@@ -273,17 +273,7 @@ def single(stored, tmp_path_factory, pytestconfig):
 def test_two_processes_of_two_devices_equal_one(
     single, stored, tmp_path, two_processes, pytestconfig
 ):
-    command = ["-m", "lfp_jax.main", *_flags(pytestconfig, stored, tmp_path), "--distributed"]
-    statuses, said = two_processes(
-        lambda coordinator, i: [
-            *command, f"--coordinator={coordinator}", "--processes=2", f"--process={i}",
-        ],
-        stderr=subprocess.STDOUT,
-        XLA_FLAGS="--xla_force_host_platform_device_count=2",
-        JAX_PLATFORMS="cpu",
-        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
-    )  # fmt: skip
-    assert statuses == [0, 0], said
+    said = main_in_two(two_processes, *_flags(pytestconfig, stored, tmp_path))
     np.testing.assert_allclose(_losses(tmp_path), _losses(single), rtol=1e-5)
     assert len(_losses(tmp_path)) == 5
     assert "Estimator after" in said[0] and "Estimator after" not in said[1]

@@ -8,14 +8,10 @@ import sys
 
 import numpy as np
 import pytest
+from processes import QUICK, main_in_two, without_times
 
 from lfp_jax import main, sharding
 
-QUICK = {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    "JAX_PLATFORMS": "cpu",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-}
 FLAGS = ["--config.images=3", "--config.fd_images=6", "--config.basis_samples=64"]
 FLAGS += ["--config.metric_samples=16", "--config.decoys=100"]
 ADAM = ["--config.estimator=adam", "--config.adam.steps=2"]
@@ -63,56 +59,18 @@ def test_one_process_does_all():
     assert sharding.first_alone(lambda: "made") == "made"
 
 
-def _both(two_processes, *flags, expected=(0, 0)):
-    """Run a command of `lfp_jax.main` in two processes; what each said."""
-    statuses, said = two_processes(
-        lambda coordinator, i: [
-            "-m", "lfp_jax.main", *flags, "--distributed", f"--coordinator={coordinator}",
-            "--processes=2", f"--process={i}",
-        ],
-        **QUICK,
-    )  # fmt: skip
-    assert tuple(statuses) == expected, said
-    return said
-
-
-def _without_times(value):
-    """Drop what differs from run to run, and round what the grouping of sums may change."""
-    if isinstance(value, dict):
-        return {k: _without_times(v) for k, v in value.items() if "second" not in k}
-    if isinstance(value, list):
-        return [_without_times(each) for each in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
 @pytest.mark.slow
 def test_an_experiment_of_two_processes_is_that_of_one(
     two_processes, tmp_path, pytestconfig, quick_compilation
 ):
     config = f"--config={pytestconfig.rootpath / 'configs' / 'stylegan2.py'}:tiny"
     flags = [config, *FLAGS, *ADAM]
-    said = _both(two_processes, *flags, f"--workdir={tmp_path / 'two'}")
+    said = main_in_two(two_processes, *flags, f"--workdir={tmp_path / 'two'}")
     assert "bit_accuracy" in said[0] and not said[1]
     assert main.main(["lfp_jax", *flags, f"--workdir={tmp_path / 'one'}"]) == 0
     two, one = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("two", "one"))
-    assert _without_times(two) == _without_times(one)
+    assert without_times(two) == without_times(one)
     assert len(list((tmp_path / "two" / "images").glob("*.png"))) == 3
-
-
-@pytest.mark.slow
-def test_a_grid_of_two_processes_is_that_of_one(
-    two_processes, tmp_path, pytestconfig, quick_compilation
-):
-    config = f"--config={pytestconfig.rootpath / 'configs' / 'stylegan2_grid.py'}:tiny"
-    flags = ["--mode=grid", config, "--config.fd_images=4", *ADAM]
-    said = _both(two_processes, *flags, f"--workdir={tmp_path / 'two'}")
-    assert "Report:" in said[0] and "Report:" not in said[1]
-    assert main.main(["lfp_jax", *flags, f"--workdir={tmp_path / 'one'}"]) == 0
-    cells = [
-        {path.name: _without_times(json.loads(path.read_text())) for path in folder.glob("*.json")}
-        for folder in (tmp_path / "two" / "cells", tmp_path / "one" / "cells")
-    ]
-    assert cells[0] == cells[1] and len(cells[0]) > 1
 
 
 @pytest.mark.slow
@@ -127,7 +85,7 @@ def test_two_processes_attribute_as_one_does(
         assert main.main(["lfp_jax", mode, "--user=a", *made, *flags]) == 0
     (files / "none.png").write_text("no picture")
     asked = ["--mode=attribute", "--pool", *flags, str(files)]
-    said = _both(two_processes, *asked, expected=(1, 0))
+    said = main_in_two(two_processes, *asked, expected=(1, 0))
     with sqlite3.connect(tmp_path / "registry.sqlite") as ledger:
         assert ledger.execute("SELECT count(*) FROM verdicts").fetchone() == (4,)
     # As many devices to a process: a descent on random weights hangs on the last digit.
@@ -136,7 +94,7 @@ def test_two_processes_attribute_as_one_does(
         env=os.environ | QUICK, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert alone.returncode == 1
-    one = [_without_times(json.loads(line)) for line in alone.stdout.splitlines()]
-    two = [_without_times(json.loads(line)) for line in said[0].splitlines()]
+    one = [without_times(json.loads(line)) for line in alone.stdout.splitlines()]
+    two = [without_times(json.loads(line)) for line in said[0].splitlines()]
     assert two == one and len(one) == 4
     assert not said[1]
