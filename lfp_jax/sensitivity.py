@@ -19,21 +19,36 @@ _CHUNK = 64  # tangents pushed through a function at once
 _LEAST_NOISE = 0.02  # below, float32 does not hold J^T J / noise^2 beside the prior's unit matrix
 
 
-def columns(function, x, tangents):
-    """Value of a function at x and its derivatives [t, *shape] along tangents [t, n], in chunks."""
-    count, chunk = len(tangents), _chunk(len(tangents))
+def columns(function, x, tangents, *, chunk=None, chunks=None):
+    """Value of a function at x and its derivatives [t, *shape] along tangents [t, n].
+
+    Args:
+        function: of arrays [n].
+        x: [n].
+        tangents: [t, n].
+        chunk: tangents pushed through at once (`chunk_size`); None: that of t.
+        chunks: how many chunks of the tangents, leading ones, the rest of the rows being zero; may
+            be traced, so that one program serves them all. None: all.
+    """
+    count = len(tangents)
+    chunk = chunk_size(count) if chunk is None else chunk
     padded = jnp.pad(tangents, ((0, -count % chunk), (0, 0))).reshape(-1, chunk, len(x))
     value, push = jax.linearize(function, x)
-    rows = jax.lax.map(jax.vmap(push), padded)
+
+    def fill(i, rows):
+        return rows.at[i].set(jax.vmap(push)(padded[i]))
+
+    rows = jnp.zeros((*padded.shape[:2], *value.shape), value.dtype)
+    rows = jax.lax.fori_loop(0, len(padded) if chunks is None else chunks, fill, rows)
     return value, rows.reshape(-1, *value.shape)[:count]
 
 
 def evaluations(count):
     """Count the evaluations of a function that `columns` makes for `count` tangents."""
-    return 1 + count + -count % _chunk(count)
+    return 1 + count + -count % chunk_size(count)
 
 
-def _chunk(count):
+def chunk_size(count):
     """Give the size of chunks of about the same size, _CHUNK at most."""
     return -(-count // -(-count // _CHUNK))
 

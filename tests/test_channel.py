@@ -17,6 +17,11 @@ def made():
     return images.png_round_trip(jax.jit(lambda g, w: g.decode(w))(generator, latents))
 
 
+def compare(view, image):
+    """Compare an image [H, W, C]."""
+    return channel.compare(view, channel.form(view, jnp.asarray(image)))
+
+
 def attacked(made, name, **options):
     return attacks.apply(jax.random.key(0), made, attacks.attack(name, **options))
 
@@ -131,7 +136,7 @@ def test_a_coefficient_rounded_to_zero_pulls_only_out_of_its_step(made):
     shares = []
     for before, after in zip(made, attacked(made, "jpeg", quality=50), strict=True):
         view = channel.see(after)
-        difference, live = channel.compare(view, jnp.asarray(before))
+        difference, live = compare(view, before)
         zero = view.coded == 0.0
         assert np.mean(live[zero]) < 0.02 and np.all(live[~zero])
         np.testing.assert_array_equal(difference[~live], 0.0)
@@ -145,12 +150,12 @@ def test_a_coefficient_rounded_to_zero_pulls_only_out_of_its_step(made):
 
 def test_the_weights_of_another_image_are_one(made):
     view = channel.View(jnp.asarray(made[0]), jnp.zeros(0))
-    difference, live = channel.compare(view, jnp.asarray(made[1]))
+    difference, live = compare(view, made[1])
     scale = channel.scale(view, difference, live)
     np.testing.assert_array_equal(scale.weights, 1.0)
     expected = np.mean(np.square(difference))
     np.testing.assert_allclose(channel.variance(difference, scale), expected, rtol=1e-5)
-    row = channel.differentiate(view, jnp.asarray(made[1]))
+    row = channel.form(view, jnp.asarray(made[1]))
     np.testing.assert_array_equal(row, made[1].reshape(-1))
 
 
@@ -158,7 +163,7 @@ def test_a_wrong_latent_leaves_structure_in_a_jpeg_and_noise_does_not(made):
     view = channel.see(attacked(made[:1], "jpeg", quality=50)[0])
 
     def structure(guess):
-        difference, live = channel.compare(view, guess)
+        difference, live = compare(view, guess)
         scale = channel.scale(view, difference, live)
         return float(channel.structure(view, scale.weights * difference, scale))
 

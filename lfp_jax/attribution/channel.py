@@ -72,26 +72,29 @@ def _blur(size, strength):
     return separable.convolve(size, jnp.stack(taps[:0:-1] + taps))
 
 
-def compare(view, made):
-    """Differences [p] of an image to that of a view, and the mask [p] of those in play.
+def form(view, image):
+    """Bring an image or a derivative [H, W, C] of one to the form [p] in which a view compares.
 
-    Pixel by pixel; of a JPEG, coefficient by coefficient. A difference is out of play, and zero,
-    where a pixel of the view that may have been clipped is overshot, and where a coefficient would
-    have been rounded to the zero that it is: most are, and such a zero measures nothing.
+    Pixel by pixel; of a JPEG, coefficient by coefficient.
+    """
+    return image.reshape(-1) if view.coded is None else _coefficients(image, view.halved)
+
+
+def compare(view, made):
+    """Differences [p] of an image, in `form`, to that of a view, and the mask [p] of those in play.
+
+    A difference is out of play, and zero, where a pixel of the view that may have been clipped is
+    overshot, and where a coefficient would have been rounded to the zero that it is: most are, and
+    such a zero measures nothing.
     """
     if view.coded is None:
-        seen = view.pixels
+        seen = view.pixels.reshape(-1)
         over = (seen >= _BOUND) & (made > seen) | (seen <= -_BOUND) & (made < seen)
-        return jnp.where(over, 0.0, made - seen).reshape(-1), ~over.reshape(-1)
-    off, zero = _coefficients(made, view.halved) - view.coded, view.coded == 0.0
+        return jnp.where(over, 0.0, made - seen), ~over
+    off, zero = made - view.coded, view.coded == 0.0
     reach = jnp.where(zero, jnp.sqrt(3.0 * view.noise), 0.0)  # half a step
     off = off - jnp.clip(off, -reach, reach)
     return off, ~zero | (off != 0.0)
-
-
-def differentiate(view, row):
-    """Bring the derivative [H, W, C] of an image to the form [p] of `compare`."""
-    return row.reshape(-1) if view.coded is None else _coefficients(row, view.halved)
 
 
 class Scale(flax.struct.PyTreeNode):

@@ -42,7 +42,9 @@ _SLOW = 0.98  # a chord step that leaves more of the residual than this is the l
 _DOUBT = 0.05  # wrong bits expected below which an image is settled
 _EXPLAINED = 1.15  # times the noise, which is told to a tenth: a residual below that is noise
 _NOISY = 1.0  # what is left and has less structure than this is noise too, of whatever strength
-_LOST = 8.0  # a residual above so many times that of the directions left out: no way from there
+# A residual above so many times that of the directions left out, and of more structure: no way from
+# there. (Images of the model's come to 2 at most, unless an attack leaves noise that is not told.)
+_LOST, _SHAPED = 3.0, 3.0
 _ATTACKS = dict.fromkeys(("none", "unknown"))
 _EACH = 2  # guesses for each share that a crop may have kept
 _AT_ONCE = 8  # images in one program, on each device but a CPU
@@ -50,48 +52,52 @@ _AHEAD = 4  # images under way, in units of those in one program
 
 
 def _model(generator, frame, view, theta):
+    """What a view would show, in its form [p], were the unknowns theta [q] right."""
     strengths = len(view.centre)
     w = coordinates.place(frame, theta[None, strengths:])
-    return channel.transmit(view, theta[:strengths], decode_flat(generator, w)[0])
-
-
-def _look(generator, frame, view, scale, theta):
-    difference, _ = channel.compare(view, _model(generator, frame, view, theta))
-    return scale.weights * difference
+    return channel.form(
+        view, channel.transmit(view, theta[:strengths], decode_flat(generator, w)[0])
+    )
 
 
 def _cost(difference, theta, variance):
     return jnp.sum(jnp.square(difference)) / variance + jnp.sum(jnp.square(theta))
 
 
-def _best_length(look, theta, here, step, variance, lengths):
-    """Go the best of some lengths along a step, or stay; give theta and its difference."""
-    trials = theta[None] + jnp.asarray(lengths)[:, None] * step[None]
-    differences = jnp.concatenate([here[None], jax.vmap(look)(trials)])
-    trials = jnp.concatenate([theta[None], trials])
-    costs = jax.vmap(partial(_cost, variance=variance))(differences, trials)
-    best = jnp.argmin(jnp.where(jnp.isfinite(costs), costs, jnp.inf))
-    return trials[best], differences[best]
+# Compiling a generator takes long, so what runs one is a few programs that serve all ranks.
 
 
-@partial(jax.jit, static_argnames=("rank",))
-def _linearise(generator, frame, views, theta, *, rank):
-    """Scales, differences [n, p] and Jacobians [n, rank, p], 0 where out of play."""
+@partial(jax.jit, static_argnames=("chunk",))
+def _linearise(generator, frame, views, theta, chunks, *, chunk):
+    """Scales, differences [n, p] and Jacobians [n, q, p], 0 where out of play.
+
+    Of the Jacobians' rows there are those of so many leading chunks, and zeros.
+    """
 
     def one(view, theta):
-        tangents = jnp.eye(rank, len(theta))
-        model = partial(_model, generator, frame, view)
-        image, jacobian = sensitivity.columns(model, theta, tangents)
-        difference, live = channel.compare(view, image)
+        model, unit = partial(_model, generator, frame, view), jnp.eye(len(theta))
+        made, rows = sensitivity.columns(model, theta, unit, chunk=chunk, chunks=chunks)
+        difference, live = channel.compare(view, made)
         scale = channel.scale(view, difference, live)
-        rows = jax.vmap(partial(channel.differentiate, view))(jacobian)
         return scale, scale.weights * difference, rows * (scale.weights * live)[None]
 
     return jax.vmap(one)(views, theta)
 
 
+@jax.jit
+def _look(generator, frame, views, scales, theta):
+    """Differences [n, p] at unknowns [n, q]."""
+
+    def one(view, scale, theta):
+        return scale.weights * channel.compare(view, _model(generator, frame, view, theta))[0]
+
+    return jax.vmap(one)(views, scales, theta)
+
+
 _decode = jax.jit(decode_flat)
 _factors = jax.jit(jax.vmap(gauss_newton.factorise))
+_steps = jax.jit(jax.vmap(gauss_newton.step))
+_mean_squares = jax.jit(jax.vmap(channel.mean_square))
 
 
 @jax.jit
@@ -102,31 +108,18 @@ def _damping(scales, factors, differences):
 
 
 @jax.jit
-def _chord(generator, frame, views, scales, theta, differences, jacobians, damped, variances):
-    """Make one full step with the Jacobians at hand; theta, differences and variances there."""
-
-    def one(view, scale, theta, *linear):
-        theta = theta + gauss_newton.step(theta, *linear)
-        difference = _look(generator, frame, view, scale, theta)
-        return theta, difference, channel.mean_square(difference, scale)
-
-    return jax.vmap(one)(views, scales, theta, differences, jacobians, damped, variances)
-
-
-@jax.jit
-def _settle(generator, frame, views, scales, begin, end, jacobians, damped, variances, factors):
-    """Keep what a row of chord steps reached, or go a short way.
+def _settle(frame, views, scales, begin, end, short, variances, factors):
+    """Keep what a row of chord steps reached, or the best of where it began and short ways from it.
 
     Returns theta, relaxed bits [n, k], their covariances, residuals and their structure.
     """
 
-    def one(view, scale, begin, end, jacobian, damped, variance, factor):
-        theta, start = begin
-        step = gauss_newton.step(theta, start, jacobian, damped, variance)
-        look = partial(_look, generator, frame, view, scale)
-        short = _best_length(look, theta, start, step, variance, _SHORT)
-        improved = _cost(end[1], end[0], variance) < _cost(start, theta, variance)
-        theta, difference = jax.tree.map(partial(jnp.where, improved), end, short)
+    def one(view, scale, begin, end, short, variance, factor):
+        near = jax.tree.map(lambda at, *others: jnp.stack([at, *others]), begin, *short)
+        costs = jax.vmap(partial(_cost, variance=variance))(near[1], near[0])
+        best = jnp.argmin(jnp.where(jnp.isfinite(costs), costs, jnp.inf))
+        improved = _cost(end[1], end[0], variance) < costs[0]
+        theta, difference = jax.tree.map(lambda e, n: jnp.where(improved, e, n[best]), end, near)
         factor = gauss_newton.damp(factor, channel.variance(difference, scale))
         rows = jnp.pad(frame.bits, ((0, 0), (len(view.centre), 0)))
         bits = jnp.einsum("kq,q->k", rows, theta, precision="highest")
@@ -134,7 +127,7 @@ def _settle(generator, frame, views, scales, begin, end, jacobians, damped, vari
         coarse = channel.structure(view, difference, scale)
         return theta, bits, gauss_newton.marginal(rows, factor), rms, coarse
 
-    return jax.vmap(one)(views, scales, begin, end, jacobians, damped, variances, factors)
+    return jax.vmap(one)(views, scales, begin, end, short, variances, factors)
 
 
 def _outer_step(generator, frame, views, theta, *, rank, chords):
@@ -142,21 +135,30 @@ def _outer_step(generator, frame, views, theta, *, rank, chords):
 
     Returns what `_settle` does, and evaluations of each.
     """
-    scales, differences, jacobians = _linearise(generator, frame, views, theta, rank=rank)
+    chunk = sensitivity.chunk_size(rank)
+    scales, differences, jacobians = _linearise(
+        generator, frame, views, theta, -(-rank // chunk), chunk=chunk
+    )
+    jacobians = jacobians[:, :rank]
     factors = _factors(jacobians)
     variances, damped = _damping(scales, factors, differences)
     linear = jacobians, damped, variances
+    look = partial(_look, generator, frame, views, scales)
     begin = end = (theta, differences)
     goes_on, count, before = np.full(len(theta), True), np.zeros(len(theta), int), variances
     for step in range(chords):
-        *reached, after = _chord(generator, frame, views, scales, *end, *linear)
-        end = jax.tree.map(partial(_choose, goes_on), tuple(reached), end)
+        reached = end[0] + _steps(*end, *linear)
+        reached = reached, look(reached)
+        after = _mean_squares(reached[1], scales)
+        end = jax.tree.map(partial(_choose, goes_on), reached, end)
         count += goes_on
         goes_on = goes_on & ((step == 0) | np.asarray(after < _SLOW**2 * before))
         before = after
         if not goes_on.any():
             break
-    found = _settle(generator, frame, views, scales, begin, end, *linear, factors)
+    way = _steps(*begin, *linear)
+    short = [(theta + length * way, look(theta + length * way)) for length in _SHORT]
+    found = _settle(frame, views, scales, begin, end, short, variances, factors)
     return *found, sensitivity.evaluations(rank) + count + len(_SHORT)
 
 
@@ -353,7 +355,7 @@ def _advance(mesh, generator, frame, descents, *, plan, batch, chords, first):
     """Take descents that are at one stage through it; give what each cost."""
     rows = [*descents, *descents[-1:] * (batch - len(descents))]  # one shape, one compilation
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *[(d.view, d.theta) for d in rows])
-    views, theta = sharding.shard(mesh, stacked) if mesh.size > 1 else stacked
+    views, theta = sharding.shard(mesh, stacked)
     rank = min(plan[descents[0].stage], len(descents[0].theta))
     *found, costs = _outer_step(generator, frame, views, theta, rank=rank, chords=chords)
     for descent, theta, *bits, rms, structure in zip(
@@ -370,17 +372,19 @@ def _advance(mesh, generator, frame, descents, *, plan, batch, chords, first):
 def _news(frame, plan, coarse, size, descent):
     """Tell of a descent whether it is settled, at its end, or lost."""
     rms, doubt = descent.rms, np.minimum(descent.soft, 1.0 - descent.soft).sum()
-    rank, stalled = plan[descent.stage - 1], not rms < _STALLED * descent.before
+    rank = min(plan[descent.stage - 1], len(descent.theta))
+    stalled = not rms < _STALLED * descent.before
     excess = max(rms**2 - descent.noise**2, 0.0) ** 0.5
+    lost = descent.structure > _SHAPED and excess > _LOST * _left_out(frame, rank, size) > 0.0
     return {
         "settled": doubt < _DOUBT
         or rms <= _FLOOR
         or (descent.stage >= coarse and rms <= _EXPLAINED * descent.noise)
         or (descent.stage > coarse and descent.structure < _NOISY),
-        "ended": descent.stage == len(plan) or (rank >= len(descent.theta) and stalled),
-        "lost": not descent.forced
-        and descent.stage < coarse
-        and excess > _LOST * _left_out(frame, rank, size) > 0.0,
+        "ended": descent.stage == len(plan)
+        or (rank == len(descent.theta) and stalled)
+        or (descent.forced and descent.stage >= coarse and lost),
+        "lost": lost and not descent.forced and descent.stage < coarse,
     }
 
 
