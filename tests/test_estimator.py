@@ -91,6 +91,22 @@ def test_the_solution_is_what_the_last_round_says(generator, space, estimator, i
     assert found.bits.shape == (5, BITS)
 
 
+def test_a_few_images_are_not_filled_up_to_a_batch(
+    generator, space, estimator, images, monkeypatch
+):
+    sizes, answer = [], estimators._answer
+
+    def counted(*args):
+        sizes.append(len(args[-1]))
+        return answer(*args)
+
+    monkeypatch.setattr(estimators, "_answer", counted)
+    options = {"estimator": estimator, "progress": False, "batch": 4} | MARK
+    for n in (1, 3, 5):
+        estimators.learned(None, generator, space, images[:n], **options)
+    assert sizes == [1, 4, 4, 4]
+
+
 def test_slopes_are_how_the_squared_difference_falls(generator, space, estimator, images):
     """To first order, and in proportion: a step along the slopes is the steepest there is."""
     w = jnp.tile(space.mean, (5, 1))

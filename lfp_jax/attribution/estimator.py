@@ -277,9 +277,10 @@ def learned(
     check(generator, images, batch=batch)
     check_design(estimator, generator, space, strength=strength, code=code)
     images, n, parts = np.asarray(images, np.float32), len(images), []
+    batch = min(batch, 1 << (n - 1).bit_length())  # few shapes, and no copies of a few images
     with Progress(n, label="learned") if progress else Silent() as line:
         for start in range(0, n, batch):
-            rows = np.minimum(np.arange(start, start + batch), n - 1)  # one shape, one compilation
+            rows = np.minimum(np.arange(start, start + batch), n - 1)
             parts.append(jax.device_get(_answer(estimator, generator, space, images[rows])))
             line.update(min(start + batch, n))
     soft, w, rms = (jnp.asarray(np.concatenate(part)[:n]) for part in zip(*parts, strict=True))
