@@ -18,8 +18,8 @@ class Frame(flax.struct.PyTreeNode):
 
     mean: jax.Array  # [d]
     directions: jax.Array  # [d, q], a step of one standard deviation each
-    nuisance: jax.Array  # [m, q], alpha / s of theta; m: nuisance directions
-    bits: jax.Array  # [k, q], 2 phi - 1 of theta
+    nuisance: jax.Array | None  # [m, q], alpha / s of theta; m: nuisance directions
+    bits: jax.Array | None  # [k, q], 2 phi - 1 of theta
     sensitivity: jax.Array  # [q], mean square change of the image along each, summed
 
 
@@ -46,6 +46,11 @@ def begin(frame, space, latents, *, bits=None):
         return theta
     signs = 2.0 * bits - 1.0
     return theta + jnp.einsum("nk,kq->nq", signs, frame.bits, precision="highest")
+
+
+def bare(frame):
+    """Leave what `place` needs, so that a program of it serves any number of bits."""
+    return frame.replace(nuisance=None, bits=None)
 
 
 def place(frame, theta):

@@ -135,15 +135,15 @@ def _outer_step(generator, frame, views, theta, *, rank, chords):
 
     Returns what `_settle` does, and evaluations of each.
     """
-    chunk = sensitivity.chunk_size(rank)
+    chunk, model = sensitivity.chunk_size(rank), (generator, coordinates.bare(frame))
     scales, differences, jacobians = _linearise(
-        generator, frame, views, theta, -(-rank // chunk), chunk=chunk
+        *model, views, theta, -(-rank // chunk), chunk=chunk
     )
     jacobians = jacobians[:, :rank]
     factors = _factors(jacobians)
     variances, damped = _damping(scales, factors, differences)
     linear = jacobians, damped, variances
-    look = partial(_look, generator, frame, views, scales)
+    look = partial(_look, *model, views, scales)
     begin = end = (theta, differences)
     goes_on, count, before = np.full(len(theta), True), np.zeros(len(theta), int), variances
     for step in range(chords):
