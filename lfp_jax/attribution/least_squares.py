@@ -42,9 +42,9 @@ _SLOW = 0.98  # a chord step that leaves more of the residual than this is the l
 _DOUBT = 0.05  # wrong bits expected below which an image is settled
 _EXPLAINED = 1.15  # times the noise, which is told to a tenth: a residual below that is noise
 _NOISY = 1.0  # what is left and has less structure than this is noise too, of whatever strength
-# A residual above so many times that of the directions left out, and of more structure: no way from
-# there. (Images of the model's come to 2 at most, unless an attack leaves noise that is not told.)
-_LOST, _SHAPED = 3.0, 3.0
+# No way leads from a residual above so many times that of the directions left out: of a structure
+# that noise does not have, and of any. (Images of the model's come to 2, where the attack is told.)
+_LOST, _ASTRAY, _SHAPED = 3.0, 8.0, 3.0
 _ATTACKS = dict.fromkeys(("none", "unknown"))
 _EACH = 2  # guesses for each share that a crop may have kept
 _AT_ONCE = 8  # images in one program, on each device but a CPU
@@ -375,7 +375,8 @@ def _news(frame, plan, coarse, size, descent):
     rank = min(plan[descent.stage - 1], len(descent.theta))
     stalled = not rms < _STALLED * descent.before
     excess = max(rms**2 - descent.noise**2, 0.0) ** 0.5
-    lost = descent.structure > _SHAPED and excess > _LOST * _left_out(frame, rank, size) > 0.0
+    most = _LOST if descent.structure > _SHAPED else _ASTRAY
+    lost = excess > most * _left_out(frame, rank, size) > 0.0
     return {
         "settled": doubt < _DOUBT
         or rms <= _FLOOR
