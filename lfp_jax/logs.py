@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Self, TextIO
 
@@ -22,6 +22,7 @@ from lfp_jax.errors import UserError
 
 _LINE_SECONDS = 30.0  # between lines where the stream is a file: a log must not fill with them
 _REDRAW_SECONDS = 0.2  # between redraws where the stream is a terminal
+_DEEPEST = 100  # of JSON's nesting: Python versions differ in what they bear
 
 
 def write_file(path: str | os.PathLike, text: str) -> None:
@@ -72,14 +73,25 @@ def from_text(data: str | bytes, *, parse_constant: Callable[[str], Any] | None 
       parse_constant: as of `json.loads`, for NaN and infinity.
 
     Raises:
-      ValueError: it is no JSON, nested too deep, or holds a text that is not Unicode.
+      ValueError: it is no JSON, nested 100 deep, or holds a text that is not Unicode.
     """
     try:
         value = json.loads(data, parse_constant=parse_constant)
         json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [child for each in level for child in _children(each)]
+    if level:
+        raise ValueError("it is nested too deep")
     return value
+
+
+def _children(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def discard(stream: TextIO) -> None:

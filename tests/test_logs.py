@@ -34,6 +34,16 @@ def test_nan_becomes_null(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text()) == {"loss": None, "more": [None, 1.0]}
 
 
+def test_json_that_is_nested_too_deep_is_refused():
+    deep = [[]]
+    for _ in range(98):
+        deep = {"a": deep}
+    assert logs.from_text(json.dumps(deep)) == deep
+    for text in (json.dumps({"a": deep}), "[" * 10**5 + "]" * 10**5):
+        with pytest.raises(ValueError, match="nested too deep"):
+            logs.from_text(text)
+
+
 def test_metric_log_appends_and_survives_a_torn_line(tmp_path):
     path = tmp_path / "log.jsonl"
     logs.MetricLog(path).write(1, loss=jnp.float32(0.5))

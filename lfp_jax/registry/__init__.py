@@ -244,9 +244,15 @@ class Registry:
             key = self.key(user, design=design)
             row = self._database.row(
                 "INSERT INTO issues (key, kind, start, images, noise, settings) SELECT "
-                "?1, ?2, coalesce(max(start + images), 0), ?3, ?4, ?5 FROM issues WHERE key = ?1 "
-                "RETURNING id, start, created",
-                (key.id, kind, images, noise, json.dumps(settings)),
+                ":key, :kind, coalesce(max(start + images), 0), :images, :noise, :settings "
+                "FROM issues WHERE key = :key RETURNING id, start, created",
+                {
+                    "key": key.id,
+                    "kind": kind,
+                    "images": images,
+                    "noise": noise,
+                    "settings": json.dumps(settings),
+                },
             )
         number, start, created = row
         return Issue(number, key.user, design, kind, start, images, noise, settings, created)
