@@ -42,9 +42,9 @@ _SLOW = 0.98  # a chord step that leaves more of the residual than this is the l
 _DOUBT = 0.05  # wrong bits expected below which an image is settled
 _EXPLAINED = 1.15  # times the noise, which is told to a tenth: a residual below that is noise
 _NOISY = 1.0  # what is left and has less structure than this is noise too, of whatever strength
-# No way leads from a residual above so many times that of the directions left out: of a structure
-# that noise does not have, and of any. (Images of the model's come to 2, where the attack is told.)
-_LOST, _ASTRAY, _SHAPED = 3.0, 8.0, 3.0
+# A residual above so many times that of the directions left out, and of a structure that noise does
+# not have, leads on less often than another start; one above more, of any structure, nowhere.
+_LOST, _SHAPED, _ASTRAY = 3.0, 3.0, 8.0
 _ATTACKS = dict.fromkeys(("none", "unknown"))
 _EACH = 2  # guesses for each share that a crop may have kept
 _AT_ONCE = 8  # images in one program, on each device but a CPU
@@ -166,7 +166,7 @@ def _choose(mask, yes, no):
     return jnp.where(mask.reshape(-1, *[1] * (yes.ndim - 1)), yes, no)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Descent:
     """One image, under way from one of its starts."""
 
@@ -179,6 +179,7 @@ class _Descent:
     before: float = np.inf  # residual a stage ago
     rms: float = np.inf
     structure: float = np.inf  # of what is left, beside that of noise
+    astray: bool = False  # so far off that none has come back
     forced: bool = False  # goes on though it seems lost
 
 
@@ -189,19 +190,24 @@ class _Search:
         self.starts, self.spent = iter(starts), spent
         self.best: Any = None  # a _Descent once the first is back
         self.lost: list[_Descent] = []
+        self.ended = False  # whether one went all the way
 
     def proceed(self, descent, *, settled, ended, lost):
         """Take the news of a descent; give the one to go on with, or None."""
         if self.best is None or descent.rms < self.best.rms:
             self.best = descent
-        if settled or (ended and descent.forced):
+        if settled:
             return None
         if not (ended or lost):
             return descent
         self.lost += [descent] if lost else []
+        self.ended |= ended
         following = next(self.starts, None)
-        if following is None and self.lost and self.lost[-1] is descent:
-            following = min(self.lost, key=lambda each: each.rms)
+        if following is None and self.lost:
+            following = min(self.lost, key=lambda each: (each.astray, each.rms))
+            if following.astray and self.ended:
+                return None
+            self.lost.remove(following)
             following.forced = True  # no start shows a way: the best is as far as one can see
         return following
 
@@ -230,8 +236,10 @@ def lm(
 
     An image is settled when its residual is down to 8-bit rounding, or to noise, which has no
     structure, or when its bits are sure. Only the others go on, first with more Jacobians and then
-    from their next start, so `starts` and `jacobians` are bounds and not the cost. Of all starts
-    the one with the least residual counts.
+    from their next start, so `starts` and `jacobians` are bounds and not the cost. A start far off
+    what the directions left out explain waits for the others. One that is further off, as of images
+    that are not the model's, goes on only if all are, and through `ranks` alone. Of all starts the
+    one with the least residual counts.
 
     Args:
         key: unused; every estimator takes one.
@@ -375,8 +383,9 @@ def _news(frame, plan, coarse, size, descent):
     rank = min(plan[descent.stage - 1], len(descent.theta))
     stalled = not rms < _STALLED * descent.before
     excess = max(rms**2 - descent.noise**2, 0.0) ** 0.5
-    most = _LOST if descent.structure > _SHAPED else _ASTRAY
-    lost = excess > most * _left_out(frame, rank, size) > 0.0
+    left_out = _left_out(frame, rank, size)
+    descent.astray = excess > _ASTRAY * left_out > 0.0
+    far = descent.structure > _SHAPED and excess > _LOST * left_out > 0.0
     return {
         "settled": doubt < _DOUBT
         or rms <= _FLOOR
@@ -384,8 +393,8 @@ def _news(frame, plan, coarse, size, descent):
         or (descent.stage > coarse and descent.structure < _NOISY),
         "ended": descent.stage == len(plan)
         or (rank == len(descent.theta) and stalled)
-        or (descent.forced and descent.stage >= coarse and lost),
-        "lost": lost and not descent.forced and descent.stage < coarse,
+        or (descent.forced and descent.stage >= coarse and descent.astray),
+        "lost": (far or descent.astray) and not descent.forced and descent.stage < coarse,
     }
 
 
