@@ -7,20 +7,21 @@ QUICK = {
 }
 
 
-def main_in_two(two_processes, *flags, expected=(0, 0)):
+def main_in_two(two_processes, *flags, expected=(0, 0), stderr=None):
     """Run a command of `lfp_jax.main` in two processes; what each said.
 
     Args:
         two_processes: the fixture.
         *flags: of both.
         expected: their exit statuses.
+        stderr: as of `subprocess.Popen`.
     """
     statuses, said = two_processes(
         lambda coordinator, i: [
             "-m", "lfp_jax.main", *flags, "--distributed", f"--coordinator={coordinator}",
             "--processes=2", f"--process={i}",
         ],
-        **QUICK,
+        stderr=stderr, **QUICK,
     )  # fmt: skip
     assert tuple(statuses) == expected, said
     return said

@@ -1,5 +1,6 @@
 """Training of the learned estimator: right pairs, any split over devices, resume, learning."""
 
+import subprocess
 from functools import partial
 
 import jax
@@ -273,7 +274,8 @@ def single(stored, tmp_path_factory, pytestconfig):
 def test_two_processes_of_two_devices_equal_one(
     single, stored, tmp_path, two_processes, pytestconfig
 ):
-    said = main_in_two(two_processes, *_flags(pytestconfig, stored, tmp_path))
+    flags = _flags(pytestconfig, stored, tmp_path)
+    said = main_in_two(two_processes, *flags, stderr=subprocess.STDOUT)
     np.testing.assert_allclose(_losses(tmp_path), _losses(single), rtol=1e-5)
     assert len(_losses(tmp_path)) == 5
     assert "Estimator after" in said[0] and "Estimator after" not in said[1]

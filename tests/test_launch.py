@@ -135,23 +135,27 @@ def test_local_pod_ends_with_the_first_process_that_fails(stand_in, tmp_path):
 
 
 def _in_two_and_in_one(tmp_path, *flags):
-    """Run a command in a pod of two and by itself; the folders they wrote."""
+    """Run a command in a pod of two and by itself; the folders they wrote, what the pod said."""
     pod, alone = [LAUNCH / "local_pod.sh", 2], [sys.executable, "-m", "lfp_jax.main"]
+    said = []
     for command, name in ((pod, "two"), (alone, "one")):
         done = _run(
             *command, *flags, f"--workdir={tmp_path / name}", PYTHON=sys.executable, **QUICK
         )
         assert done.returncode == 0, done.stdout + done.stderr
-    return tmp_path / "two", tmp_path / "one"
+        said.append(done.stdout)
+    return (tmp_path / "two", tmp_path / "one"), said[0]
 
 
 @pytest.mark.slow
 def test_local_pod_trains_as_one_process_does(tmp_path):
     flags = [TRAIN, "--config.total_pairs=160", "--config.attacks=none"]
     flags += ["--config.metric_samples=32", "--config.evaluate_every=160"]
-    folders = _in_two_and_in_one(tmp_path, *flags)
+    folders, _ = _in_two_and_in_one(tmp_path, *flags)
     losses = [[line["loss"] for line in log_lines(folder) if "loss" in line] for folder in folders]
     assert len(losses[0]) == 20
+    # Sums are grouped otherwise, and steps let that grow: by the twentieth to 7e-4 at most.
+    np.testing.assert_allclose(losses[0][:3], losses[1][:3], rtol=1e-4)
     np.testing.assert_allclose(*losses, rtol=1e-3)
     assert store.is_store(folders[0] / "estimator")
 
@@ -162,7 +166,8 @@ def test_local_pod_shares_a_grid_whose_results_are_those_of_one_process(tmp_path
     flags += ["--config.users=1", "--config.fd_images=16", "--config.basis_samples=1024"]
     flags += ["--config.metric_samples=16", "--config.lm.bank=64", "--config.lm.ranks=(8,)"]
     flags += ["--config.lm.jacobians=1", "--config.lm.free=32", "--config.lm.chords=2"]
-    folders = _in_two_and_in_one(tmp_path, *flags)
+    folders, said = _in_two_and_in_one(tmp_path, *flags)
+    assert "[0] Report:" in said and "[1] Report:" not in said
     two, one = (
         {path.name: without_times(json.loads(path.read_text())) for path in cells}
         for cells in (folder.glob("cells/*.json") for folder in folders)
