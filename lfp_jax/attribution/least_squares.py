@@ -192,7 +192,7 @@ class _Search:
         self.lost: list[_Descent] = []
         self.ended = False  # whether one went all the way
 
-    def proceed(self, descent, *, settled, ended, lost):
+    def proceed(self, descent, *, settled, ended, lost, astray):
         """Take the news of a descent; give the one to go on with, or None."""
         if self.best is None or descent.rms < self.best.rms:
             self.best = descent
@@ -200,6 +200,7 @@ class _Search:
             return None
         if not (ended or lost):
             return descent
+        descent.astray = astray
         self.lost += [descent] if lost else []
         self.ended |= ended
         following = next(self.starts, None)
@@ -208,7 +209,7 @@ class _Search:
             if following.astray and self.ended:
                 return None
             self.lost.remove(following)
-            following.forced = True  # no start shows a way: the best is as far as one can see
+            following.forced = True  # no start is left that shows a better way
         return following
 
 
@@ -378,13 +379,13 @@ def _advance(mesh, generator, frame, descents, *, plan, batch, chords, first):
 
 
 def _news(frame, plan, coarse, size, descent):
-    """Tell of a descent whether it is settled, at its end, or lost."""
+    """Tell of a descent whether it is settled, at its end, lost, or further off than that."""
     rms, doubt = descent.rms, np.minimum(descent.soft, 1.0 - descent.soft).sum()
     rank = min(plan[descent.stage - 1], len(descent.theta))
     stalled = not rms < _STALLED * descent.before
     excess = max(rms**2 - descent.noise**2, 0.0) ** 0.5
     left_out = _left_out(frame, rank, size)
-    descent.astray = excess > _ASTRAY * left_out > 0.0
+    astray = excess > _ASTRAY * left_out > 0.0
     far = descent.structure > _SHAPED and excess > _LOST * left_out > 0.0
     return {
         "settled": doubt < _DOUBT
@@ -393,8 +394,9 @@ def _news(frame, plan, coarse, size, descent):
         or (descent.stage > coarse and descent.structure < _NOISY),
         "ended": descent.stage == len(plan)
         or (rank == len(descent.theta) and stalled)
-        or (descent.forced and descent.stage >= coarse and descent.astray),
-        "lost": (far or descent.astray) and not descent.forced and descent.stage < coarse,
+        or (descent.forced and descent.stage >= coarse and astray),
+        "lost": (far or astray) and not descent.forced and descent.stage < coarse,
+        "astray": astray,
     }
 
 
