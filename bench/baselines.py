@@ -1,8 +1,11 @@
 """Measures other methods on a generator's pictures, in the rows of the project's own tables.
 
     pip install .[bench]
-    python -m bench.baselines --json baselines.json
-    python -m bench.baselines --methods shallow --psnr 40 --images 256
+    python -m bench.baselines --workdir runs/stylegan2_grid
+    python -m bench.baselines --methods shallow --psnr 40 --images 256 --workdir runs/shallow
+
+Each row is a cell in the folder of a grid, whose report then has it in its tables and plots
+(`--mode=report`); its `estimator` is the method.
 
 Methods:
   shallow          Kim et al. 2021: a pixel key a user and its linear classifier (lfp_jax.shallow),
@@ -25,7 +28,8 @@ import jax
 import numpy as np
 
 from bench.rows import draw_bits, line, mean, rate, row
-from lfp_jax import attacks, basis, design, images, logs, shallow
+from lfp_jax import attacks, basis, design, images, shallow
+from lfp_jax.cells import Folder
 from lfp_jax.errors import UserError, choose
 from lfp_jax.metrics import accuracy, distances, features, perceptual
 
@@ -146,7 +150,7 @@ METHODS = {"shallow": Shallow, "blind-watermark": BlindWatermark}
 
 
 def measure(options):
-    """Measure every method under every attack; give a row each."""
+    """Measure every method under every attack; yield a row each."""
     methods = {name: choose(name, METHODS, "method") for name in options.methods}
     found = {name: attacks.find(name) for name in options.attacks}
     key = jax.random.key(options.seed)
@@ -156,7 +160,6 @@ def measure(options):
     latents = basis.sample(fold[_IMAGES], generator, options.images)
     plain = images.png_round_trip(design.decode(generator, latents))
     judged = _Distances(fold, generator, options.fd_images) if options.fd_images else None
-    rows = []
     for name, make in methods.items():
         method = make(fold, generator, options)
         strength = _strength(method, plain[:_TUNING], user[:_TUNING], options.psnr)
@@ -170,16 +173,14 @@ def measure(options):
         settings = {
             "generator": generator.name, "generator_sha256": generator.sha256,
             "images": options.images, "users": options.users, "seed": options.seed,
-            "psnr": options.psnr, "method": name,
+            "psnr": options.psnr, "estimator": name,
         } | method.settings  # fmt: skip
         for label, attack in found.items():
             seen, unmarked = (attacks.apply(fold[_ATTACK], x, attack) for x in (made, plain))
             metrics = method.measure(seen, user, strength, unmarked) | common
-            changes = ("method", "attack", "psnr")
+            changes = ("estimator", "attack", "psnr")
             own = settings | {"attack": label}
-            rows.append(row(own, metrics, changes=changes, strength=strength))
-            print(line(rows[-1]), flush=True)
-    return rows
+            yield row(own, metrics, changes=changes, strength=strength)
 
 
 def _strength(method, plain, user, psnr):
@@ -241,16 +242,17 @@ def parse(argv):
     parser.add_argument("--decoys", type=int, default=100_000, help="random keys")
     parser.add_argument("--fd-images", type=int, default=5_000, help="0: no distance")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", help="file for the rows")
+    parser.add_argument("--workdir", default="runs/baselines", help="of a grid, or a new folder")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     """Run the benchmark."""
     options = parse(argv)
-    rows = measure(options)
-    if options.json:
-        logs.write_json(options.json, rows)
+    folder = Folder(options.workdir)
+    for found in measure(options):
+        folder.write(found)
+        print(line(found), flush=True)
 
 
 if __name__ == "__main__":

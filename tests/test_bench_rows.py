@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from bench import adversary, baselines
+from lfp_jax.cells import Folder
 from lfp_jax.errors import UserError
 
 SMALL = ["--generator=stylegan2-tiny", "--images=4", "--users=2", "--fd-images=0", "--decoys=50"]
 
 
-def _rows(path):
-    rows = json.loads(path.read_text())
+def _check(rows):
     assert len({row["hash"] for row in rows}) == len(rows)
     for row in rows:
         assert {"hash", "settings", "changes", "metrics"} <= set(row)
@@ -22,12 +22,16 @@ def _rows(path):
     return rows
 
 
+def _cells(folder):
+    return _check(Folder(folder).read_all())
+
+
 def test_shallow_keys_are_measured_at_the_psnr_asked(tmp_path):
     argv = ["--methods", "shallow", "--training=64", "--epochs=1", "--steps=5", "--psnr=30"]
-    argv += [f"--json={tmp_path / 'rows.json'}", "--attacks", "none", "paper:blur"]
+    argv += [f"--workdir={tmp_path}", "--attacks", "none", "paper:blur"]
     baselines.main([*SMALL, *argv])
-    rows = _rows(tmp_path / "rows.json")
-    assert [row["changes"]["attack"] for row in rows] == ["none", "paper:blur"]
+    rows = _cells(tmp_path)
+    assert {row["changes"]["attack"] for row in rows} == {"none", "paper:blur"}
     for row in rows:
         np.testing.assert_allclose(row["metrics"]["psnr"]["value"], 30.0, atol=0.2)
         assert row["settings"]["bits"] is None
@@ -39,8 +43,8 @@ def test_shallow_keys_are_measured_at_the_psnr_asked(tmp_path):
 def test_a_ready_made_watermark_is_measured_where_it_is_installed(tmp_path):
     pytest.importorskip("blind_watermark")
     argv = ["--methods", "blind-watermark", "--psnr", "24", "--attacks", "none"]
-    baselines.main([*SMALL, *argv, "--json", str(tmp_path / "rows.json")])
-    [row] = _rows(tmp_path / "rows.json")
+    baselines.main([*SMALL, *argv, "--workdir", str(tmp_path)])
+    [row] = _cells(tmp_path)
     assert row["settings"]["bits"] == 15  # 32 x 32: 16 blocks, one must stay free
     assert row["metrics"]["bit_accuracy"]["value"] > 0.8
 
@@ -49,7 +53,8 @@ def test_the_adversary_is_measured_on_a_design_point(tmp_path):
     argv = ["--config=ldm:tiny", "--estimator=encoder", "--images=4", "--decoys=50", "--attacks"]
     argv += ["none", "reinvert", "remove-zero", "transplant", "collude-mean-2", "plant-latents-8"]
     adversary.main([*argv, "--json", str(tmp_path / "rows.json")])
-    rows = {row["changes"]["adversary"]: row["metrics"] for row in _rows(tmp_path / "rows.json")}
+    found = _check(json.loads((tmp_path / "rows.json").read_text()))
+    rows = {row["changes"]["adversary"]: row["metrics"] for row in found}
     assert "psnr" not in rows["none"]
     assert "target_first" in rows["transplant"]
     assert set(rows["plant-latents-8"]) == {"psnr", "target_bit_accuracy", "target_first"}

@@ -130,6 +130,20 @@ def test_the_page_says_what_was_found(grid):
     assert "sha256 " + "ab" * 32 in words
 
 
+def test_another_method_stands_beside_the_grid(tmp_path):
+    for strength in (1.0, 2.0):
+        _write(tmp_path / "cells", f"c{strength}", _cell(strength, "none"))
+    record = _cell(1.0, "none")
+    own = {"generator": "stylegan2-demo", "estimator": "shallow", "attack": "none", "bits": None}
+    _write(tmp_path / "cells", "other", record | {"settings": own})
+    page = report.write(tmp_path)[0].read_text(encoding="utf-8")
+    words = _words(page)
+    assert "estimator hybrid, shallow" in words
+    assert "lm.ranks 64, 128" in words  # still common to all that have it
+    assert "basis sensitivity" in words
+    assert "shallow" in "".join(_plots(page).values())
+
+
 def test_plots_name_axes_units_and_features(grid):
     plots_of = _plots(grid[1])
     titles = [alt.partition(".")[0].removeprefix("Plot: ") for alt in plots_of]

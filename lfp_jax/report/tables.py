@@ -28,9 +28,10 @@ _LARGEST = 1e9  # place on an axis
 
 
 def varied(cells: Sequence[Cell]) -> list[str]:
-    """List the settings that differ between cells, those that make a design point first."""
+    """List the settings that differ between cells that have them, a design point's first."""
     names = dict.fromkeys([*_FIRST, *(name for cell in cells for name in cell.settings)])
-    return [name for name in names if len({text(c.settings.get(name)) for c in cells}) > 1]
+    having = {name: [c.settings[name] for c in cells if name in c.settings] for name in names}
+    return [name for name in names if len(set(map(text, having[name]))) > 1]
 
 
 def values(cell: Cell, fields: Sequence[str]) -> tuple[str, ...]:
