@@ -4,8 +4,8 @@
 
 The main job's design point (`configs/ldm.py`), clean and under the attacks of `paper`, with and
 without the quantiser in the decoder: 40 cells of 16 images. Two processes make the most of two
-cores: give the command twice, at the same time. For the paper's estimator add `adam` below: 120,021
-evaluations a picture, some hours of a CPU each, or a second or two of an H200.
+cores, with a core each, as in `configs/stylegan2_grid.py`. For the paper's estimator add `adam`
+below: 120,021 evaluations a picture, some hours of a CPU each, or a second or two of an H200.
 
 With random weights and everything small, for tests:
 

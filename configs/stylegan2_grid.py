@@ -5,7 +5,11 @@
 One factor at a time about the paper's own point (principal directions, shift d - k = 448, 64 bits,
 strength 1, code `binary`), the other code at three strengths, and the carriers of the main job at
 three: 18 design points, each under `none` and the four attacks of `paper`, 90 cells. Two processes
-make the most of two cores: give the command twice, at the same time.
+make the most of two cores, with a core each; sharing both they would be in each other's way:
+
+    for i in 0 1; do
+        taskset -c $i python -m lfp_jax.main --config=configs/stylegan2_grid.py --mode=grid &
+    done; wait
 
 `lm` is too slow on a CPU for the 200 images a cell that one would want. So it is 10 images a cell
 from one start each, and one Jacobian along all directions: of fewer it misses what the paper's

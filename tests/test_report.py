@@ -12,6 +12,7 @@ import xml.dom.minidom
 import numpy as np
 import pytest
 
+from bench import tradeoff
 from lfp_jax import basis, images, main, sensitivity
 from lfp_jax.metrics import accuracy
 from lfp_jax.report import html as report
@@ -142,6 +143,20 @@ def test_another_method_stands_beside_the_grid(tmp_path):
     assert "lm.ranks 64, 128" in words  # still common to all that have it
     assert "basis sensitivity" in words
     assert "shallow" in "".join(_plots(page).values())
+
+
+def test_the_benchmark_draws_a_grid_method_by_method(grid, tmp_path, capsys):
+    record = _cell(1.0, "paper:noise")
+    own = {"estimator": "shallow", "attack": "paper:noise", "bits": None}
+    _write(grid[0] / "cells", "other", record | {"settings": own})
+    drawn = []
+    for name in ("with", "without"):
+        tradeoff.main(["--workdir", str(grid[0]), "--plot", str(tmp_path / f"{name}.png")])
+        drawn.append(images.decode_png((tmp_path / f"{name}.png").read_bytes()))
+        (grid[0] / "cells" / "other.json").unlink(missing_ok=True)
+    assert "damaged.json" in capsys.readouterr().out
+    assert drawn[0].std() > 10.0
+    assert drawn[0].shape != drawn[1].shape or (drawn[0] != drawn[1]).any()
 
 
 def test_plots_name_axes_units_and_features(grid):
