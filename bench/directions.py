@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from bench import parts
@@ -29,6 +28,7 @@ from bench.rows import attack_names, draw_bits, load_config
 from lfp_jax import attacks, basis, design, fingerprint, images, logs, planner, seeds
 from lfp_jax.errors import UserError
 from lfp_jax.experiment import Bench, Estimate
+from lfp_jax.report import plots
 
 CARRIERS = (
     ("sensitivity", 64), ("fisher", 0), ("pca", 448), ("jacobian", 64), ("pca", 256), ("random", 0),
@@ -150,8 +150,7 @@ def plot(path, results):
     )  # fmt: skip
     axis.grid(alpha=0.3)
     axis.legend()
-    FigureCanvasAgg(figure)
-    figure.savefig(path, format="png")
+    plots.write(figure, path)
 
 
 def table(results):

@@ -145,18 +145,19 @@ def test_another_method_stands_beside_the_grid(tmp_path):
     assert "shallow" in "".join(_plots(page).values())
 
 
-def test_the_benchmark_draws_a_grid_method_by_method(grid, tmp_path, capsys):
-    record = _cell(1.0, "paper:noise")
+def test_the_benchmark_draws_a_grid_method_by_method(tmp_path, capsys):
+    def drawn():
+        tradeoff.main(["--workdir", str(tmp_path), "--plot", str(tmp_path / "plot.png")])
+        assert "damaged.json" in capsys.readouterr().out
+        return images.decode_png((tmp_path / "plot.png").read_bytes())
+
+    _grid(tmp_path)
+    alone = drawn()
     own = {"estimator": "shallow", "attack": "paper:noise", "bits": None}
-    _write(grid[0] / "cells", "other", record | {"settings": own})
-    drawn = []
-    for name in ("with", "without"):
-        tradeoff.main(["--workdir", str(grid[0]), "--plot", str(tmp_path / f"{name}.png")])
-        drawn.append(images.decode_png((tmp_path / f"{name}.png").read_bytes()))
-        (grid[0] / "cells" / "other.json").unlink(missing_ok=True)
-    assert "damaged.json" in capsys.readouterr().out
-    assert drawn[0].std() > 10.0
-    assert drawn[0].shape != drawn[1].shape or (drawn[0] != drawn[1]).any()
+    _write(tmp_path / "cells", "other", _cell(1.0, "paper:noise") | {"settings": own})
+    both = drawn()
+    assert both.std() > 10.0
+    assert both.shape != alone.shape or (both != alone).any()
 
 
 def test_plots_name_axes_units_and_features(grid):

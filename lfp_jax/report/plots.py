@@ -84,7 +84,7 @@ def reliability(path: str | os.PathLike, bins: Iterable[dict[str, Any]]) -> None
         bins: with "stated", "wrong", "low", "high" and "bits" (fields of `accuracy.Bin`).
     """
     figure = Figure(figsize=(5, 5), dpi=120, layout="constrained")
-    _write(_reliability(figure, {"": list(bins)}), path)
+    write(_reliability(figure, {"": list(bins)}), path)
 
 
 @matplotlib.rc_context(_PAGE)
@@ -134,7 +134,7 @@ def points_svg(
     groups = {point.style: [p for p in points if p.style == point.style] for point in points}
     for axis, label in zip(axes, panels, strict=True):
         for style, group in groups.items():
-            _line(axis, [(p.x, p.y[label]) for p in group if label in p.y], _look(style, legend))
+            _line(axis, [(p.x, p.y[label]) for p in group if label in p.y], look(style, legend))
         if front:
             _front(axis, [(p.x[0], p.y[label][0]) for p in points if label in p.y], falling)
         for name, x in marks:
@@ -209,19 +209,23 @@ def _reliability(figure: Figure, series: Mapping[str, Sequence[dict[str, Any]]])
     return figure
 
 
-def _line(axis: Axes, pairs: list[tuple[_Interval, _Interval]], look: dict[str, Any]) -> None:
+def _line(axis: Axes, pairs: list[tuple[_Interval, _Interval]], style: dict[str, Any]) -> None:
     pairs = [(x, y) for x, y in pairs if None not in (x[0], y[0])]
     if not pairs:
         return
-    (x, xerr), (y, yerr) = (_bars([pair[i] for pair in pairs]) for i in (0, 1))
+    (x, xerr), (y, yerr) = (bars([pair[i] for pair in pairs]) for i in (0, 1))
     axis.errorbar(
         x, y, xerr=xerr, yerr=yerr, markersize=4.5, linewidth=1.1, elinewidth=0.7,
-        markeredgecolor="white", markeredgewidth=0.4, **look,
+        markeredgecolor="white", markeredgewidth=0.4, **style,
     )  # fmt: skip
 
 
-def _bars(intervals: list[_Interval]) -> tuple[list[float], list[list[float]]]:
-    """Give values, and the lengths of their bars below and above."""
+def bars(intervals: Sequence[_Interval]) -> tuple[list[float], list[list[float]]]:
+    """Give values, and the lengths of their bars below and above.
+
+    Args:
+        intervals: each a value and its ends.
+    """
     values = [value for value, _, _ in intervals]
     below = [max(value - low, 0.0) for value, low, _ in intervals]
     above = [max(high - value, 0.0) for value, _, high in intervals]
@@ -247,7 +251,13 @@ def _rate_axis(axis: Axes) -> None:
         axis.set_ylim(max(math.floor(10 * low) / 10, 0.0) - 0.03, 1.03)
 
 
-def _look(style: tuple[str, ...], legend: Sequence[Sequence[str]]) -> dict[str, Any]:
+def look(style: tuple[str, ...], legend: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Give the colour, marker and dashes of a line, as matplotlib takes them.
+
+    Args:
+        style: what they stand for, in turn; fewer leave the first marker and dashes.
+        legend: for each in turn all that it can be.
+    """
     places = [known.index(label) for label, known in zip(style, legend, strict=False)]
     hue, marker, dashes = (places + [0, 0, 0])[:3]
     count = len(legend[0]) if legend else 1
@@ -276,12 +286,12 @@ def _legend(
         if len(present) < 2:  # nothing to tell apart
             continue
         for label in (each for each in known if each in present):
-            look = _look(tuple(known[0] for known in legend[:slot]) + (label,), legend)
+            shown = look(tuple(known[0] for known in legend[:slot]) + (label,), legend)
             if slot > 0:
-                look["color"] = "0.35"
+                shown["color"] = "0.35"
             if slot != 1:
-                look["marker"] = "o" if slot == 0 else ""
-            entries.append(Line2D([], [], markersize=4.5, linewidth=1.1, label=label, **look))
+                shown["marker"] = "o" if slot == 0 else ""
+            entries.append(Line2D([], [], markersize=4.5, linewidth=1.1, label=label, **shown))
     if front:
         entries.append(
             Line2D([], [], color="0.6", linewidth=4.0, alpha=0.35, label="best trade-off")
@@ -316,7 +326,7 @@ def _curve(
         if any(panel["series"].values()):
             axis.legend()
     axes[-1].set(xlabel=f"training {along} seen")
-    _write(figure, path)
+    write(figure, path)
 
 
 def _series(lines: list[dict[str, Any]], name: str, along: str) -> tuple[list, list]:
@@ -325,7 +335,13 @@ def _series(lines: list[dict[str, Any]], name: str, along: str) -> tuple[list, l
     return [line[along] for line in kept], [line[name] for line in kept]
 
 
-def _write(figure: Figure, path: str | os.PathLike) -> None:
+def write(figure: Figure, path: str | os.PathLike) -> None:
+    """Write a figure as a PNG, in one step.
+
+    Args:
+        figure: made without a display.
+        path: the file to write.
+    """
     FigureCanvasAgg(figure)
     with files.replacing(path) as part:
         figure.savefig(part, format="png")
