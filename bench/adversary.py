@@ -33,7 +33,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.rows import draw_bits, line, load_config, mean, rate, row
+from bench import command
+from bench.rows import draw_bits, line, mean, rate, row
 from lfp_jax import adversary, basis, design, fingerprint, images, logs, seeds
 from lfp_jax.attribution import estimator as learner
 from lfp_jax.attribution import inversion, verdict
@@ -213,7 +214,7 @@ def _fit(llr, bits):
 
 def measure(options, workdir):
     """Measure every attack; give a row each."""
-    config = load_config(options.config)
+    config = command.load_config(options.config)
     for field in ("images", "users", "estimator", "decoys"):
         if getattr(options, field) is not None:
             config[field] = getattr(options, field)
@@ -249,4 +250,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from bench import race
+from bench import command, race
 from bench import torch_stylegan2 as plain
 from bench.torch_inversion import Descent
 from configs.stylegan2 import get_config
@@ -168,4 +168,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -27,6 +27,7 @@ import warnings
 import jax
 import numpy as np
 
+from bench import command
 from bench.rows import draw_bits, line, mean, rate, row
 from lfp_jax import attacks, basis, design, images, shallow
 from lfp_jax.cells import Folder
@@ -256,4 +257,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from bench import parts
-from bench.rows import attack_names, draw_bits, load_config
+from bench import command, parts
+from bench.rows import draw_bits
 from lfp_jax import attacks, basis, design, fingerprint, images, logs, planner, seeds
 from lfp_jax.errors import UserError
 from lfp_jax.experiment import Bench, Estimate
@@ -37,6 +37,8 @@ CARRIERS = (
 )  # fmt: skip
 
 _PROBES = 32  # pictures behind a strength
+_FORESEEN = ("jointly", "known", "alone")  # shares of a plan: what is drawn, and its ends
+_FLOOR = 1e-4  # of a plot of bit errors
 
 
 class Carrier:
@@ -44,7 +46,7 @@ class Carrier:
 
     def __init__(self, options, name, shift, bench):
         """Find that strength."""
-        self.config = config = load_config(options.config)
+        self.config = config = command.load_config(options.config)
         config.update(basis=name, shift=shift, equalise=True, estimator=options.estimator)
         config.update(images=options.images, users=options.images, fd_images=options.fd_images)
         self.folder, self.bench = Path(options.out) / name, bench
@@ -120,37 +122,58 @@ def result(carrier, attack, name, options):
 
 
 def _wrong(result):
-    return 1.0 - result["metrics"]["bit_accuracy"]["value"]
+    """Give the share of wrong bits and its ends, none wrong drawn at the foot of the plot."""
+    right = result["metrics"]["bit_accuracy"]
+    return tuple(max(1.0 - right[end], _FLOOR) for end in ("value", "high", "low"))
 
 
 def plot(path, results):
-    """Draw measured shares of wrong bits against predicted ones; none wrong as half a bit."""
-    figure = Figure(figsize=(6.5, 6), dpi=120, layout="constrained")
-    axis = figure.subplots()
-    axis.plot([1e-4, 0.5], [1e-4, 0.5], color="grey", linewidth=0.8, label="as predicted")
-    for marker, attack in zip("os^D", dict.fromkeys(r["attack"] for r in results), strict=False):
-        rows = [r for r in results if r["attack"] == attack]
-        planned = [np.array([r["plan"][key]["value"] for r in rows]) for key in ("known", "alone")]
-        measured = np.array([_wrong(r) for r in rows])
-        middle = np.maximum(np.sqrt(planned[0] * planned[1]), 1e-4)
-        bars = np.maximum([middle - planned[0], planned[1] - middle], 0.0)
-        count = np.array([r["bits"] * r["images"] for r in rows])
-        spread = np.sqrt(measured * (1.0 - measured) / count)
-        shown = np.maximum(measured, 0.5 / count)
-        axis.errorbar(
-            middle, shown, [np.minimum(spread, 0.9 * shown), spread], bars, fmt=marker,
-            markersize=4, linewidth=0.8, label=f"{attack}, rms {rows[0]['asked']:g}",
-        )  # fmt: skip
-        for r, *place in zip(rows, middle, shown, strict=True):
-            label = f"{r['basis']} {r['shift']}"
-            axis.annotate(label, place, xytext=(5, 4), textcoords="offset points", fontsize=7)
-    axis.set(
-        xscale="log", yscale="log", ylabel="measured bit error",
-        xlabel="predicted bit error: from all other bits known to none",
-    )  # fmt: skip
-    axis.grid(alpha=0.3)
-    axis.legend()
+    """Draw measured shares of wrong bits by attack, and against predicted ones, as a PNG."""
+    carriers = list(dict.fromkeys(map(_carrier, results)))
+    attacks_run = sorted({r["attack"] for r in results}, key=lambda name: (":" in name, name))
+    figure = Figure(figsize=(11, 5.2), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(6, 5))
+    for i, carrier in enumerate(carriers):
+        rows = [r for r in results if _carrier(r) == carrier]
+        look = plots.look((carrier, carrier), (carriers, carriers)) | {"linestyle": ""}
+        look |= {"markersize": 5, "elinewidth": 0.7}
+        place = 0.7 * ((i + 0.5) / len(carriers) - 0.5)
+        x = [attacks_run.index(r["attack"]) + place for r in rows]
+        left.errorbar(x, *plots.bars([_wrong(r) for r in rows]), label=_label(rows), **look)
+        planned = [r for r in rows if r["plan"]]
+        if planned:
+            foreseen = [[r["plan"][key]["value"] for r in planned] for key in _FORESEEN]
+            wrong, ends = plots.bars([_wrong(r) for r in planned])
+            middle, reach = plots.bars(list(zip(*np.maximum(foreseen, _FLOOR), strict=True)))
+            right.errorbar(middle, wrong, ends, reach, **look)
+    for edge in np.arange(len(attacks_run) - 1) + 0.5:
+        left.axvline(edge, color="0.85", linewidth=0.8)
+    right.plot([_FLOOR, 0.5], [_FLOOR, 0.5], color="0.45", linewidth=0.8, linestyle="--")
+    left.set(yscale="log", ylim=(0.7 * _FLOOR, 0.7), ylabel="measured bit error")
+    left.set_xticks(
+        range(len(attacks_run)), [name.partition(":")[2] or name for name in attacks_run]
+    )
+    right.set(
+        xscale="log",
+        xlim=(0.7 * _FLOOR, 0.7),
+        xlabel="predicted bit error, jointly; from all others known to alone",
+    )
+    for axis in (left, right):
+        axis.grid(alpha=0.25, linewidth=0.6, axis="y" if axis is left else "both")
+    figure.legend(loc="outside lower center", ncols=3)
     plots.write(figure, path)
+
+
+def _carrier(result):
+    return result["basis"], result["shift"], result["asked"]
+
+
+def _label(rows):
+    """Name a carrier, and what it costs."""
+    r = rows[0]
+    found = r["metrics"]
+    fd = f", FD {found['fd']['value']:.1f}" if "fd" in found else ""
+    return f"{r['basis']}, from {r['shift']} ({found['psnr']['value']:.1f} dB{fd})"
 
 
 def table(results):
@@ -170,7 +193,8 @@ def table(results):
         for key in ("alone", "jointly", "known"):
             line += f"{r['plan'][key]['value']:>9.5f}" if r["plan"] else f"{'-':>9}"
         if found:
-            line += f"{_wrong(r):>10.4f}{found['word_accuracy']:>7}{found['right_user_first']:>7}"
+            line += f"{1.0 - r['metrics']['bit_accuracy']['value']:>10.4f}"
+            line += f"{found['word_accuracy']:>7}{found['right_user_first']:>7}"
             line += f"{r['metrics']['generator_evaluations']['value']:>7.0f}"
         lines.append(line + f"{r['images']:>7}")
     return "\n".join(lines)
@@ -201,7 +225,7 @@ def main(argv=None):
         carriers = [(n, int(s)) for n, s in (c.split(":") for c in options.carriers.split(","))]
     for name, shift in () if options.plot else carriers:
         carrier = None
-        for attack in attack_names(options.attacks):
+        for attack in command.attack_names(options.attacks):
             label = f"{name}-{shift}-{attack}-{options.change:g}-{options.images}".replace(":", "-")
             file = out / (label + ("-plan.json" if options.plan_only else ".json"))
             if not file.exists():
@@ -212,8 +236,8 @@ def main(argv=None):
     results = [json.loads(f.read_text()) for f in sorted(out.glob("*.json"))]
     print(table(results))
     if options.plot:
-        plot(options.plot, [r for r in results if "metrics" in r and r["plan"]])
+        plot(options.plot, [r for r in results if "metrics" in r])
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

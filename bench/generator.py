@@ -30,7 +30,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 
-from bench import race
+from bench import command, race
 from bench import torch_stylegan2 as plain
 from lfp_jax.generators import stylegan2
 from lfp_jax.training import gan_step
@@ -316,4 +316,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

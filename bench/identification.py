@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bench import parts
-from bench.rows import attack_names, draw_bits, load_config, mean, rate
+from bench import command, parts
+from bench.rows import draw_bits, mean, rate
 from lfp_jax import basis, design, generators, images, logs, seeds
 from lfp_jax.attribution import verdict
 from lfp_jax.experiment import Bench
@@ -49,7 +49,7 @@ def _parse(argv):
 
 
 def _config(options):
-    config = load_config(options.config)
+    config = command.load_config(options.config)
     config.update(estimator=options.estimator, images=options.images, users=options.images)
     return config
 
@@ -60,7 +60,7 @@ def _config(options):
 def _sets(options, config, bench):
     """Give the sets of `parts.estimate`."""
     sets = {}
-    for name in attack_names(options.attacks):
+    for name in command.attack_names(options.attacks):
         sets[name.replace(":", "-")] = (
             options.images, partial(_attacked, name, options, config, bench),
         )  # fmt: skip
@@ -209,4 +209,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -15,7 +15,7 @@ import json
 import jax
 import jax.numpy as jnp
 
-from bench import race
+from bench import command, race
 from lfp_jax.generators import untrained
 
 _CELLS = (
@@ -82,4 +82,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

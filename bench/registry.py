@@ -15,6 +15,7 @@ import time
 
 import numpy as np
 
+from bench import command
 from lfp_jax.attribution import verdict
 from lfp_jax.registry import DesignPoint, Registry
 
@@ -92,4 +93,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

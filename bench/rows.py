@@ -1,12 +1,11 @@
 """Rows of results as a grid writes them, so that other methods and adversaries fit its tables."""
 
 import hashlib
-import importlib
 
 import jax
 import numpy as np
 
-from lfp_jax import attacks, logs
+from lfp_jax import logs
 
 _TOLD = ("psnr", "fd", "bit_accuracy", "word_accuracy", "right_user_first", "target_first")
 
@@ -53,18 +52,3 @@ def mean(values, **more):
 def draw_bits(key, n, bits):
     """Draw keys, uint8 [n, bits]."""
     return np.asarray(jax.random.bernoulli(key, 0.5, (n, bits)), np.uint8)
-
-
-def load_config(text):
-    """Load a config of configs/ by its name, and its switches after a colon."""
-    name, _, switches = text.partition(":")
-    return importlib.import_module(f"configs.{name}").get_config(switches)
-
-
-def attack_names(asked):
-    """Give the names of attacks; a suite's name stands for all of its attacks."""
-    for each in asked:
-        if each == "none" or ":" in each:
-            yield each
-        else:
-            yield from (f"{each}:{attack.name}" for attack in attacks.suite(each))

@@ -10,11 +10,11 @@ square over pixels in [-1, 1]: what a key costs and what it is read by.
 """
 
 import argparse
-import importlib
 
 import jax
 import numpy as np
 
+from bench import command
 from lfp_jax import basis, design, seeds, sensitivity
 
 
@@ -41,7 +41,7 @@ def main():
     parser.add_argument("--samples", type=int, nargs="+", default=[512, 1_250, 2_500, 5_000])
     parser.add_argument("--metric-samples", type=int, nargs="+", default=[256, 512, 1_024, 2_048])
     options = parser.parse_args()
-    config = importlib.import_module(f"configs.{options.config}").get_config()
+    config = command.load_config(options.config)
     generator = design.load_configured(config)
     key = seeds.key(config.seed, seeds.BASIS)
     metric_key = jax.random.fold_in(key, 1)
@@ -69,4 +69,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from bench import command
 from lfp_jax.report import plots, results, tables
 
 ATTACKS = ("none", "paper:noise", "paper:jpeg", "paper:combination")
@@ -94,4 +95,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bench import directions, identification, parts
+from lfp_jax import images
 from lfp_jax.attribution.inversion import Solution
 from lfp_jax.cells import Folder
 
@@ -71,3 +72,6 @@ def test_directions_are_compared_at_one_change_of_the_image(tmp_path, capsys):
         # A root mean square of 0.5 on [-1, 1], a mean over pictures of unlike share in it.
         np.testing.assert_allclose(r["metrics"]["psnr"]["value"], 12.04, atol=1.0)
         assert 0.0 <= r["plan"]["alone"]["value"] <= 1.0
+    plotted = tmp_path / "directions.png"
+    directions.main(["--out", str(tmp_path), "--plot", str(plotted)])
+    assert images.read(plotted).std() > 10.0

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from bench import adversary, baselines
+from bench import adversary, baselines, command
 from lfp_jax.cells import Folder
 from lfp_jax.errors import UserError
 
@@ -66,3 +66,12 @@ def test_what_cannot_be_measured_is_said_in_one_line():
         baselines.main([*SMALL, "--methods", "shalow"])
     with pytest.raises(UserError, match="Did you mean 'reinvert'"):
         adversary.main(["--config", "ldm:tiny", "--attacks", "reinvent"])
+
+
+def test_a_mistake_on_the_command_line_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.run(lambda: command.load_config("stylegan"))
+    told = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert told.count("\n") == 1 and "Did you mean 'stylegan2'" in told
+    assert command.load_config("stylegan2:tiny").generator == "stylegan2-tiny"
