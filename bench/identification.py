@@ -16,6 +16,7 @@ where it was stopped, or several times at once to share the work. What is there 
 """
 
 import argparse
+import dataclasses
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from lfp_jax.generators import zoo
 from lfp_jax.metrics import accuracy
 
 _NULL_RATE, _NULL_KEYS = 1e-3, 1_000  # of null trials, and keys that each image is tried against
+_DECOYS = 100_000  # random keys among which the right one should fit best
 
 
 def _parse(argv):
@@ -155,8 +157,21 @@ def _judge(name, strangers, decoys, options):
         row[score] = {"right": _rate(hits, n), "wrong": _rate(wrong, n)}
         row[score]["null"] = _null(ratios, strangers[:_NULL_KEYS], score)
     if own.size:
-        row["bit_accuracy"] = rate(accuracy.bit_accuracy(found.soft_bits > 0.5, own))
+        read = found.soft_bits > 0.5
+        row["bit_accuracy"] = rate(accuracy.bit_accuracy(read, own))
+        row["word_accuracy"] = rate(accuracy.word_accuracy(read, own))
+        row["right_user_first"] = rate(accuracy.first_among(ratios, own, strangers[:_DECOYS]))
     return row
+
+
+def _reliability(out, names):
+    """Give the fields of an `accuracy.Bin` each of the bits of all attacked images together."""
+    sets = [parts.load(out, name) for name in names]
+    told = [(found.soft_bits, more["bits"]) for found, more in sets if more["bits"].size]
+    if not told:
+        return []
+    soft, keys = (np.concatenate(each) for each in zip(*told, strict=True))
+    return [dataclasses.asdict(each) for each in accuracy.reliability(soft, keys)]
 
 
 def _null(ratios, strangers, score):
@@ -186,9 +201,10 @@ def _line(row):
             ends = f"{entry['value']:.3f} ({entry['low']:.3f} - {entry['high']:.3f})"
             parts.append(f"{score} {what} {ends}")
         parts.append(f"null {row[score]['null']['value']:.5f}")
-    bits = f"{row['bit_accuracy']['value']:.4f}" if "bit_accuracy" in row else "-"
+    shares = {"bits": "bit_accuracy", "words": "word_accuracy", "first": "right_user_first"}
+    parts += [f"{name} {row[key]['value']:.4f}" for name, key in shares.items() if key in row]
     evaluations, n = row["evaluations"]["value"], row["evaluations"]["images"]
-    return "  ".join([*parts, f"bits {bits}", f"evaluations {evaluations:.0f}", f"n {n}"])
+    return "  ".join([*parts, f"evaluations {evaluations:.0f}", f"n {n}"])
 
 
 def main(argv=None):
@@ -204,7 +220,11 @@ def main(argv=None):
     for name in parts.names(out):
         rows.append(_judge(name, strangers, decoys, options))
         print(_line(rows[-1]), flush=True)
+    bins = _reliability(out, [row["name"] for row in rows])
+    for each in bins:
+        print(f"stated {each['stated']:.4f}  wrong {each['wrong']:.4f}  of {each['bits']} bits")
     about = {"settings": config.to_dict(), "users": options.users, "rate": options.rate}
+    about["reliability"] = bins
     logs.write_json(out / "identification.json", about | {"rows": rows})
 
 

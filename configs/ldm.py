@@ -43,7 +43,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.basis_samples = 10_000
     config.metric_samples = 4_096
     config.images, config.fd_images = 8, 256
-    config.lm.bank = 256
+    # The encoder and the network begin near: no need of fewer directions first.
+    config.lm.bank, config.lm.ranks = 256, (64, 128, 256)
     config.shift, config.strength = 48, 5.0
     config.repeat = 1  # directions that carry each bit
     config.channels = placeholder(int)  # of the latent, that hold the first directions; unset: all

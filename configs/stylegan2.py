@@ -58,7 +58,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             "bank": 8_192,
             "attack": "unknown",  # what it reckons with; or "none"
             "free": placeholder(int),
-            "ranks": (64, 128, 256),
+            "ranks": (16, 32, 64, 128, 256),
             "jacobians": 2,
             "chords": 12,
             "starts": 4,

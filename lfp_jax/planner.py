@@ -26,7 +26,7 @@ import numpy as np
 from scipy.special import ndtr
 
 from lfp_jax import attacks, basis, design, fingerprint, images, logs, seeds, sensitivity
-from lfp_jax.attribution import coordinates, decoding, gauss_newton
+from lfp_jax.attribution import channel, coordinates, decoding, gauss_newton
 from lfp_jax.attribution.inversion import decode_flat
 from lfp_jax.errors import UserError
 from lfp_jax.metrics import perceptual
@@ -105,14 +105,14 @@ def predict(generator, space, metric, latents, bits, *, strength, code, variance
 def _posterior(generator, frame, theta, variance):
     """Covariance [k, k] of the bits at unknowns theta [q], and their image change over the noise.
 
-    A pixel that the 8-bit range clips says nothing.
+    A pixel that the 8-bit range clips says less (`channel.told`).
     """
 
     def model(theta):
         return decode_flat(generator, coordinates.place(frame, theta[None]))[0].reshape(-1)
 
     image, jacobian = sensitivity.columns(model, theta, jnp.eye(len(theta)))
-    jacobian = jacobian * (jnp.abs(image) < 1.0)[None]
+    jacobian = jacobian * jnp.sqrt(channel.told(image, jnp.sqrt(variance)))[None]
     factor = gauss_newton.damp(gauss_newton.factorise(jacobian), variance)
     responses = jnp.einsum("kq,qp->kp", frame.bits, jacobian, precision="highest")
     return gauss_newton.marginal(frame.bits, factor), jnp.sum(jnp.square(responses)) / variance

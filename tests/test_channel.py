@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 import lfp_jax
 from lfp_jax import attacks, images
@@ -19,7 +20,7 @@ def made():
 
 def compare(view, image):
     """Compare an image [H, W, C]."""
-    return channel.compare(view, channel.form(view, jnp.asarray(image)))
+    return channel.compare(view, channel.form(view, jnp.asarray(image)), 0.0)
 
 
 def attacked(made, name, **options):
@@ -76,9 +77,54 @@ def test_without_strengths_an_image_stays_as_it_is(made):
 def test_an_overshoot_of_a_clipped_pixel_does_not_pull():
     seen = jnp.array([1.0, 1.0, -1.0, -1.0, 0.5])
     made = jnp.array([1.4, 0.7, -1.4, -0.7, 1.4])
-    difference, live = channel.compare(channel.View(seen, jnp.zeros(0)), made)
-    np.testing.assert_allclose(difference, [0.0, -0.3, 0.0, 0.3, 0.9], atol=1e-6)
-    np.testing.assert_array_equal(live, [False, True, False, True, True])
+    found = channel.compare(channel.View(seen, jnp.zeros(0)), made, 0.0)
+    np.testing.assert_allclose(found.difference, [0.0, -0.3, 0.0, 0.3, 0.9], atol=1e-6)
+    np.testing.assert_array_equal(found.difference, found.pull)
+    np.testing.assert_array_equal(found.sharpness, [0.0, 1.0, 0.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize("bound", [1.0, -1.0])
+def test_a_clipped_pixel_is_that_of_a_censored_gaussian(bound):
+    made, spread, step = np.linspace(-0.6, 1.7, 24), 0.1, 1e-3
+    found = channel.compare(channel.View(jnp.full(24, bound), jnp.zeros(0)), bound * made, spread)
+
+    def lost(made):
+        """Log-likelihood that noise did not lead beyond the bound."""
+        return -stats.norm.logsf(1.0, loc=made, scale=spread)
+
+    near, after, before = lost(made), lost(made + step), lost(made - step)
+    curvature, slope = (after + before - 2.0 * near) / step**2, (after - before) / (2.0 * step)
+    unit = spread**2
+    np.testing.assert_allclose(
+        jnp.square(found.difference), 2.0 * unit * near, rtol=1e-3, atol=1e-8
+    )
+    np.testing.assert_allclose(found.sharpness, unit * curvature, rtol=5e-3, atol=1e-4)
+    ends = found.pull * jnp.sqrt(found.sharpness)
+    np.testing.assert_allclose(ends, bound * unit * slope, rtol=1e-3, atol=1e-6)
+
+
+def test_the_spread_is_that_of_the_noise_and_no_more_than_is_left(made):
+    view = channel.see(attacked(made[:1], "noise", std=0.1)[0])
+    assert view.level == level(view.pixels)
+    for guess, expected in ((made[1], view.level), (view.pixels + 0.01, 0.01)):
+        scale = channel.scale(view, compare(view, guess))
+        np.testing.assert_allclose(scale.spread, expected, rtol=0.1)
+    assert channel.scale(channel.see(made[0]), compare(channel.see(made[0]), made[1])).spread == 0.0
+
+
+def test_what_a_clipped_pixel_still_tells_is_the_information_of_its_likelihood():
+    made, spread = np.array([-1.2, -0.95, 0.0, 0.9, 0.99, 1.5]), 0.1
+    noise = np.linspace(-5.0, 5.0, 4001)
+    seen = np.clip(made[:, None] + spread * noise, -1.0, 1.0)
+    place = jnp.broadcast_to(jnp.asarray(made)[:, None], seen.shape).reshape(-1)
+    found = channel.compare(channel.View(jnp.asarray(seen), jnp.zeros(0)), place, spread)
+    sharpness = np.asarray(found.sharpness, np.float64).reshape(seen.shape)
+    chance = stats.norm.pdf(noise) * (noise[1] - noise[0])
+    # Of what the generator itself clips, nothing. The information is the slope's mean square.
+    slope = np.asarray(found.pull, np.float64).reshape(seen.shape) * np.sqrt(sharpness) / spread
+    expected = np.where(np.abs(made) <= 1.0, np.square(slope) @ chance, 0.0)
+    told = channel.told(jnp.asarray(made), spread)
+    np.testing.assert_allclose(told, expected, rtol=0.02)
 
 
 @pytest.mark.parametrize("quality", [25, 50, 75, 90])
@@ -136,13 +182,13 @@ def test_a_coefficient_rounded_to_zero_pulls_only_out_of_its_step(made):
     shares = []
     for before, after in zip(made, attacked(made, "jpeg", quality=50), strict=True):
         view = channel.see(after)
-        difference, live = compare(view, before)
-        zero = view.coded == 0.0
+        found = compare(view, before)
+        zero, live = view.coded == 0.0, found.sharpness == 1.0
         assert np.mean(live[zero]) < 0.02 and np.all(live[~zero])
-        np.testing.assert_array_equal(difference[~live], 0.0)
-        scale = channel.scale(view, difference, live)
+        np.testing.assert_array_equal(found.difference[~live], 0.0)
+        scale = channel.scale(view, found)
         assert scale.count == live.sum() and scale.weights.max() <= 1.0
-        square = channel.mean_square(scale.weights * difference, scale)
+        square = channel.mean_square(scale.weights * found.difference, scale)
         shares.append(square / channel.noise_level(view) ** 2)
     np.testing.assert_allclose(np.mean(shares), 1.0, atol=0.25)  # rounding explains all of it
     assert np.max(shares) < 1.5
@@ -150,11 +196,11 @@ def test_a_coefficient_rounded_to_zero_pulls_only_out_of_its_step(made):
 
 def test_the_weights_of_another_image_are_one(made):
     view = channel.View(jnp.asarray(made[0]), jnp.zeros(0))
-    difference, live = compare(view, made[1])
-    scale = channel.scale(view, difference, live)
+    found = compare(view, made[1])
+    scale = channel.scale(view, found)
     np.testing.assert_array_equal(scale.weights, 1.0)
-    expected = np.mean(np.square(difference))
-    np.testing.assert_allclose(channel.variance(difference, scale), expected, rtol=1e-5)
+    expected = np.mean(np.square(found.difference))
+    np.testing.assert_allclose(channel.variance(found.difference, scale), expected, rtol=1e-5)
     row = channel.form(view, jnp.asarray(made[1]))
     np.testing.assert_array_equal(row, made[1].reshape(-1))
 
@@ -163,9 +209,9 @@ def test_a_wrong_latent_leaves_structure_in_a_jpeg_and_noise_does_not(made):
     view = channel.see(attacked(made[:1], "jpeg", quality=50)[0])
 
     def structure(guess):
-        difference, live = compare(view, guess)
-        scale = channel.scale(view, difference, live)
-        return float(channel.structure(view, scale.weights * difference, scale))
+        found = compare(view, guess)
+        scale = channel.scale(view, found)
+        return float(channel.structure(view, scale.weights * found.difference, scale))
 
     noisy = attacked(made[:1], "noise", std=0.1)[0]
     assert structure(noisy) < 1.3

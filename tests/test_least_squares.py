@@ -130,7 +130,7 @@ def test_few_directions_bring_the_residual_down(model, cases):
 def test_unknowns_are_ordered_by_how_much_the_image_moves(model, cases):
     generator, space = model
     frame = whiten(model, cases)
-    view = channel.View(jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 0)))
+    view = channel.View(jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 0)), jnp.zeros(1))
     _, _, jacobian = least_squares._linearise(
         generator, frame, view, jnp.zeros((1, FREE + BITS)), 1, chunk=FREE + BITS
     )

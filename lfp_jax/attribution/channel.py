@@ -31,6 +31,7 @@ _MIDDLE = 0.5  # levels from the middle of our scale to that of a JPEG's, 128
 _AFTER = 0.5  # spread that decoding to 8 bits leaves in a coefficient, in levels
 _OUTLIERS = 0.2  # share of coefficients that clipping moved further
 _EVIDENCE = 30.0  # nats that make a JPEG
+_FAR = 20.0  # spreads from a bound beyond which noise decides nothing
 
 
 class View(flax.struct.PyTreeNode):
@@ -39,6 +40,7 @@ class View(flax.struct.PyTreeNode):
     pixels: jax.Array | np.ndarray  # [H, W, C]
     # [e] strengths, most likely ones: e = 6, 3 without a crop, 0 for noise only
     centre: jax.Array | np.ndarray
+    level: jax.Array | np.ndarray = np.float32(0.0)  # of noise, as `noise_level` tells it
     coded: jax.Array | None = None  # [p] DCT coefficients, where it was a JPEG
     noise: jax.Array | None = None  # [p] variances of their rounding
     halved: bool = flax.struct.field(pytree_node=False, default=True)  # has chroma of half the size
@@ -80,40 +82,76 @@ def form(view, image):
     return image.reshape(-1) if view.coded is None else _coefficients(image, view.halved)
 
 
-def compare(view, made):
-    """Differences [p] of an image, in `form`, to that of a view, and the mask [p] of those in play.
+class Comparison(flax.struct.PyTreeNode):
+    """How an image differs from that of a view: a log-likelihood, its slope and its curvature."""
 
-    A difference is out of play, and zero, where a pixel of the view that may have been clipped is
-    overshot, and where a coefficient would have been rounded to the zero that it is: most are, and
-    such a zero measures nothing.
+    # [p], their squares twice the lost log-likelihood in units of the noise's variance
+    difference: jax.Array
+    pull: jax.Array  # [p], what a Gauss-Newton step takes for the difference
+    sharpness: jax.Array  # [p], curvatures from 0, which is out of play, to 1
+
+
+def compare(view, made, spread):
+    """Compare an image, in `form` [p], with that of a view.
+
+    A pixel that may have been clipped says only that image and noise came to the bound or beyond
+    (the likelihood of a censored Gaussian: Tobin, Econometrica 1958): without noise an overshoot
+    is out of play. So is a coefficient that would have been rounded to the zero that it is: most
+    are, and such a zero measures nothing.
+
+    Args:
+        view: a View.
+        made: [p].
+        spread: root mean square of the noise before clipping; 0: none.
+
+    Returns:
+        A Comparison.
     """
     if view.coded is None:
-        seen = view.pixels.reshape(-1)
-        over = (seen >= _BOUND) & (made > seen) | (seen <= -_BOUND) & (made < seen)
-        return jnp.where(over, 0.0, made - seen), ~over
+        return _compare_pixels(view.pixels.reshape(-1), made, spread)
     off, zero = made - view.coded, view.coded == 0.0
     reach = jnp.where(zero, jnp.sqrt(3.0 * view.noise), 0.0)  # half a step
     off = off - jnp.clip(off, -reach, reach)
-    return off, ~zero | (off != 0.0)
+    return Comparison(off, off, (~zero | (off != 0.0)).astype(off.dtype))
+
+
+def _compare_pixels(seen, made, spread):
+    off, spread = made - seen, jnp.maximum(spread, 1e-9)
+    bound = jnp.where(jnp.abs(seen) < _BOUND, 0.0, jnp.sign(seen))
+    beyond = jnp.clip(bound * off / spread, -_FAR, _FAR)
+    fit = jax.scipy.special.log_ndtr(beyond)  # log-likelihood
+    slope = jnp.exp(-0.5 * jnp.square(beyond) - fit) / (2.0 * np.pi) ** 0.5
+    loose = (bound != 0.0) & (beyond > -_FAR)
+    short = -bound * spread
+    return Comparison(
+        jnp.where(loose, short * jnp.sqrt(-2.0 * fit), off),
+        jnp.where(loose, short * jnp.sqrt(slope / (slope + beyond)), off),
+        jnp.where(loose, slope * (slope + beyond), 1.0),
+    )
 
 
 class Scale(flax.struct.PyTreeNode):
-    """What brings differences [p] to one unit of noise, and how many of them have any."""
+    """What brings comparisons [p] to one unit of noise, and how much of them is in play."""
 
     weights: jax.Array  # [p]
     count: jax.Array  # []
     least: jax.Array  # [], variance of rounding alone
+    spread: jax.Array  # [], of the noise before clipping
 
 
-def scale(view, difference, live):
-    """Make the Scale of differences [p] of `compare`: weights at most 1.
+def scale(view, comparison):
+    """Make the Scale of a Comparison without spread: weights at most 1.
 
     A coefficient of a JPEG has the noise of its step. What that does not explain of the difference
-    is noise too, the same in all.
+    is noise too, the same in all. The spread is what the view tells beforehand, but no more than
+    is left of the image here.
     """
+    difference = comparison.difference
     if view.coded is None:
-        return Scale(jnp.ones_like(difference), jnp.float32(len(difference)), jnp.float32(QUANTUM))
-    count = jnp.maximum(jnp.sum(live), 1).astype(jnp.float32)
+        spread = jnp.minimum(view.level, jnp.sqrt(jnp.mean(jnp.square(difference))))
+        count, least = jnp.float32(len(difference)), jnp.float32(QUANTUM)
+        return Scale(jnp.ones_like(difference), count, least, spread)
+    count = jnp.maximum(jnp.sum(comparison.sharpness), 1.0)
 
     def halve(bounds, _):
         middle = jnp.sqrt(bounds[0] * bounds[1])
@@ -122,7 +160,29 @@ def scale(view, difference, live):
 
     (rest, _), _ = jax.lax.scan(halve, (jnp.float32(QUANTUM), jnp.float32(4.0)), length=24)
     least = jnp.min(view.noise)
-    return Scale(jnp.sqrt((least + rest) / (view.noise + rest)), count, least)
+    weights = jnp.sqrt((least + rest) / (view.noise + rest))
+    return Scale(weights, count, least, jnp.float32(0.0))
+
+
+def weigh(view, made, scale):
+    """Compare an image, in `form` [p], with that of a view in units of a Scale."""
+    seen, weights = compare(view, made, scale.spread), scale.weights
+    return seen.replace(difference=weights * seen.difference, pull=weights * seen.pull)
+
+
+def told(made, spread):
+    """Give the share [p] of what pixels [p] under noise would tell that the 8-bit range leaves.
+
+    That of Fisher's information of a Gaussian which is censored at both bounds, on average over
+    the noise; none of a pixel that the generator itself made too bright or too dark.
+    """
+    left = jnp.ones_like(made)
+    for side in (-1.0, 1.0):
+        room = jnp.clip((1.0 - side * made) / spread, 0.0, 0.25 * _FAR)
+        tail = jax.scipy.special.ndtr(-room)
+        density = jnp.exp(-0.5 * jnp.square(room)) / (2.0 * np.pi) ** 0.5
+        left = left - (tail + room * density - jnp.square(density) / tail)
+    return jnp.where(jnp.abs(made) < 1.0, left, 0.0)
 
 
 def mean_square(scaled, scale):
@@ -159,10 +219,10 @@ def see(image):
     Returns:
         A View without strengths (see `likely`).
     """
-    centre, quality = np.zeros(0, np.float32), jpeg_quality(image)
-    if quality is None:
-        return View(image, centre)
-    return View(image, centre, *_decipher(image, quality))
+    quality = jpeg_quality(image)
+    parts = _decipher(image, quality) if quality is not None else {}
+    view = View(image, np.zeros(0, np.float32), **parts)
+    return view.replace(level=np.float32(noise_level(view)))
 
 
 def noise_level(view):
@@ -268,7 +328,7 @@ def _decipher(image, quality):
         coded.append(np.where(np.abs(blocks - nearest) < 3.0 * _AFTER, nearest, blocks))
         noise.append(np.square(steps / _LEVELS) / 12.0)
     coded[0][..., 0, 0] += 8.0 * _MIDDLE  # of a block's mean, that of level 128 on the scale here
-    return _flat(coded) / _LEVELS, _flat(noise), halved
+    return {"coded": _flat(coded) / _LEVELS, "noise": _flat(noise), "halved": halved}
 
 
 def _planes(image):

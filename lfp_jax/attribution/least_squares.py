@@ -2,9 +2,10 @@
 
 Unknowns are theta of `coordinates`, and before them the strengths of what may have happened to the
 image (`channel`), all with prior N(0, I). Residuals are pixel differences, or those of the DCT
-coefficients of a JPEG, each in units of its noise; a pixel the 8-bit range clips counts only when
-the model is on the wrong side of the bound. The noise variance v follows the current residual, so
-early steps are damped by the prior and late ones are exact. Every step solves
+coefficients of a JPEG, each in units of its noise; a pixel the 8-bit range clips counts as far as
+the noise may not have brought it there, without noise only when the model is on the wrong side of
+the bound. The noise variance v follows the current residual, so early steps are damped by the
+prior and late ones are exact. Every step solves
 
     (J^T J / v + I) step = -(J^T r / v + theta)
 
@@ -14,8 +15,8 @@ bits right already, and the next ones fall back to its floor. A line search woul
 only.
 
 Coarse to fine: a few dozen unknowns, each a mixture of nuisance and bits, carry most of an image,
-so the first Jacobians have few columns and bring the latent near; only the last ones, which must
-tell the bits from everything else, have all.
+so the first Jacobians have few columns, each twice as many as the one before, and bring the latent
+near; only the last ones, which must tell the bits from everything else, have all.
 """
 
 import dataclasses
@@ -60,8 +61,8 @@ def _model(generator, frame, view, theta):
     )
 
 
-def _cost(difference, theta, variance):
-    return jnp.sum(jnp.square(difference)) / variance + jnp.sum(jnp.square(theta))
+def _cost(theta, seen, variance):
+    return jnp.sum(jnp.square(seen.difference)) / variance + jnp.sum(jnp.square(theta))
 
 
 # Compiling a generator takes long, so what runs one is a few programs that serve all ranks.
@@ -69,7 +70,7 @@ def _cost(difference, theta, variance):
 
 @partial(jax.jit, static_argnames=("chunk",))
 def _linearise(generator, frame, views, theta, chunks, *, chunk):
-    """Scales, differences [n, p] and Jacobians [n, q, p], 0 where out of play.
+    """Scales, comparisons [n] and Jacobians [n, q, p], 0 where out of play.
 
     Of the Jacobians' rows there are those of so many leading chunks, and zeros.
     """
@@ -77,26 +78,30 @@ def _linearise(generator, frame, views, theta, chunks, *, chunk):
     def one(view, theta):
         model, unit = partial(_model, generator, frame, view), jnp.eye(len(theta))
         made, rows = sensitivity.columns(model, theta, unit, chunk=chunk, chunks=chunks)
-        difference, live = channel.compare(view, made)
-        scale = channel.scale(view, difference, live)
-        return scale, scale.weights * difference, rows * (scale.weights * live)[None]
+        scale = channel.scale(view, channel.compare(view, made, 0.0))
+        seen = channel.weigh(view, made, scale)
+        return scale, seen, rows * (scale.weights * jnp.sqrt(seen.sharpness))[None]
 
     return jax.vmap(one)(views, theta)
 
 
 @jax.jit
 def _look(generator, frame, views, scales, theta):
-    """Differences [n, p] at unknowns [n, q]."""
+    """Comparisons [n] at unknowns [n, q]."""
 
     def one(view, scale, theta):
-        return scale.weights * channel.compare(view, _model(generator, frame, view, theta))[0]
+        return channel.weigh(view, _model(generator, frame, view, theta), scale)
 
     return jax.vmap(one)(views, scales, theta)
 
 
+@jax.jit
+def _steps(theta, seen, jacobians, damped, variances):
+    return jax.vmap(gauss_newton.step)(theta, seen.pull, jacobians, damped, variances)
+
+
 _decode = jax.jit(decode_flat)
 _factors = jax.jit(jax.vmap(gauss_newton.factorise))
-_steps = jax.jit(jax.vmap(gauss_newton.step))
 _mean_squares = jax.jit(jax.vmap(channel.mean_square))
 
 
@@ -116,10 +121,11 @@ def _settle(frame, views, scales, begin, end, short, variances, factors):
 
     def one(view, scale, begin, end, short, variance, factor):
         near = jax.tree.map(lambda at, *others: jnp.stack([at, *others]), begin, *short)
-        costs = jax.vmap(partial(_cost, variance=variance))(near[1], near[0])
+        costs = jax.vmap(partial(_cost, variance=variance))(*near)
         best = jnp.argmin(jnp.where(jnp.isfinite(costs), costs, jnp.inf))
-        improved = _cost(end[1], end[0], variance) < costs[0]
-        theta, difference = jax.tree.map(lambda e, n: jnp.where(improved, e, n[best]), end, near)
+        improved = _cost(*end, variance) < costs[0]
+        theta, seen = jax.tree.map(lambda e, n: jnp.where(improved, e, n[best]), end, near)
+        difference = seen.difference
         factor = gauss_newton.damp(factor, channel.variance(difference, scale))
         rows = jnp.pad(frame.bits, ((0, 0), (len(view.centre), 0)))
         bits = jnp.einsum("kq,q->k", rows, theta, precision="highest")
@@ -136,20 +142,18 @@ def _outer_step(generator, frame, views, theta, *, rank, chords):
     Returns what `_settle` does, and evaluations of each.
     """
     chunk, model = sensitivity.chunk_size(rank), (generator, coordinates.bare(frame))
-    scales, differences, jacobians = _linearise(
-        *model, views, theta, -(-rank // chunk), chunk=chunk
-    )
+    scales, seen, jacobians = _linearise(*model, views, theta, -(-rank // chunk), chunk=chunk)
     jacobians = jacobians[:, :rank]
     factors = _factors(jacobians)
-    variances, damped = _damping(scales, factors, differences)
+    variances, damped = _damping(scales, factors, seen.difference)
     linear = jacobians, damped, variances
     look = partial(_look, *model, views, scales)
-    begin = end = (theta, differences)
+    begin = end = (theta, seen)
     goes_on, count, before = np.full(len(theta), True), np.zeros(len(theta), int), variances
     for step in range(chords):
         reached = end[0] + _steps(*end, *linear)
         reached = reached, look(reached)
-        after = _mean_squares(reached[1], scales)
+        after = _mean_squares(reached[1].difference, scales)
         end = jax.tree.map(partial(_choose, goes_on), reached, end)
         count += goes_on
         goes_on = goes_on & ((step == 0) | np.asarray(after < _SLOW**2 * before))
@@ -172,7 +176,6 @@ class _Descent:
 
     image: int  # its index
     view: channel.View
-    noise: float  # root mean square, as far as it can be told beforehand
     theta: np.ndarray  # [q]
     soft: np.ndarray | None = None  # [k]
     stage: int = 0  # of the plan, the next
@@ -225,7 +228,7 @@ def lm(
     near=None,
     attack="none",
     free=None,
-    ranks=(64, 128, 256),
+    ranks=(16, 32, 64, 128, 256),
     jacobians=2,
     chords=12,
     starts=4,
@@ -312,7 +315,7 @@ def _unattacked(generator, frame, bank, unknowns, index, image, near, count):
     """Give descents of an image [H, W, C] that nothing happened to, and what that cost."""
     guessed = unknowns(guesses(bank, image, count=count))
     view = channel.View(image, np.zeros(0, np.float32))
-    return [_Descent(index, view, 0.0, theta) for theta in np.concatenate([near, guessed])], 0
+    return [_Descent(index, view, theta) for theta in np.concatenate([near, guessed])], 0
 
 
 def _likely(generator, frame, bank, unknowns, index, image, near, count):
@@ -326,9 +329,8 @@ def _likely(generator, frame, bank, unknowns, index, image, near, count):
         rows = np.r_[:first, first + i * _EACH : first + (i + 1) * _EACH]
         found += zip(*channel.likely(image, made[rows], keep), theta[rows], strict=True)
     found.sort(key=lambda each: float(each[1]))
-    noise = channel.noise_level(seen)
     return [
-        _Descent(index, seen.replace(centre=centre), noise, np.pad(start, (len(centre), 0)))
+        _Descent(index, seen.replace(centre=centre), np.pad(start, (len(centre), 0)))
         for centre, _, start in jax.device_get(found[:count])
     ], len(theta)
 
@@ -380,17 +382,18 @@ def _advance(mesh, generator, frame, descents, *, plan, batch, chords, first):
 
 def _news(frame, plan, coarse, size, descent):
     """Tell of a descent whether it is settled, at its end, lost, or further off than that."""
+    noise = float(descent.view.level)
     rms, doubt = descent.rms, np.minimum(descent.soft, 1.0 - descent.soft).sum()
     rank = min(plan[descent.stage - 1], len(descent.theta))
     stalled = not rms < _STALLED * descent.before
-    excess = max(rms**2 - descent.noise**2, 0.0) ** 0.5
+    excess = max(rms**2 - noise**2, 0.0) ** 0.5
     left_out = _left_out(frame, rank, size)
     astray = excess > _ASTRAY * left_out > 0.0
     far = descent.structure > _SHAPED and excess > _LOST * left_out > 0.0
     return {
         "settled": doubt < _DOUBT
         or rms <= _FLOOR
-        or (descent.stage >= coarse and rms <= _EXPLAINED * descent.noise)
+        or (descent.stage >= coarse and rms <= _EXPLAINED * noise)
         or (descent.stage > coarse and descent.structure < _NOISY),
         "ended": descent.stage == len(plan)
         or (rank == len(descent.theta) and stalled)
