@@ -1,6 +1,6 @@
 """Measures what an adversary does to the fingerprints of a design point, who knows how it works.
 
-    python -m bench.adversary --config stylegan2 --estimator lm --images 24 --json adversary.json
+    python -m bench.adversary --images 24 --out runs/adversary
     python -m bench.adversary --config stylegan2:tiny --attacks none reinvert collude-mean-3
 
 The adversary has the plain generator; for `remove` and `transplant` the basis too. What it knows of
@@ -21,24 +21,27 @@ Attacks:
 `right_user_first`: among random keys the owner's fits best; with colluders one of theirs does.
 `target_first` and `target_bit_accuracy`: the same of the target. `psnr` is against the picture that
 was attacked.
+
+What the judge reads is kept in OUT/parts: give the command again to go on where it was stopped, or
+several times at once to share the work.
 """
 
 import argparse
 import re
-import tempfile
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench import command
+from bench import command, parts
 from bench.rows import draw_bits, line, mean, rate, row
 from lfp_jax import adversary, basis, design, fingerprint, images, logs, seeds
 from lfp_jax.attribution import estimator as learner
-from lfp_jax.attribution import inversion, verdict
+from lfp_jax.attribution import verdict
 from lfp_jax.errors import UserError, did_you_mean
+from lfp_jax.experiment import Bench
 from lfp_jax.generators import zoo
 from lfp_jax.metrics import accuracy, perceptual
 
@@ -49,29 +52,46 @@ ATTACKS = (
 )  # fmt: skip
 
 
+class Busy(Exception):
+    """Another process is reading what is needed."""
+
+
 class Scene:
     """Users, their pictures, and what the judge reads from them."""
 
-    def __init__(self, config, workdir):
-        """Make pictures of a design point."""
+    def __init__(self, config, out, part):
+        """Make pictures of a design point; what is read of them, so many at a time, is in `out`."""
         self.fold = partial(seeds.key, config.seed)
-        self.config = config
+        self.config, self.out, self.part, self.bench = config, out, part, Bench()
         design.check(config)
-        generator = design.load_configured(config)
-        self.point = design.prepare(self.fold(seeds.BASIS), config, workdir, generator=generator)
+        self.point = self.bench.prepare(config, out)
         self.users = draw_bits(self.fold(seeds.KEYS), config.users, config.bits)
         self.decoys = draw_bits(self.fold(seeds.DECOYS), config.decoys, config.bits)
         self.owner = np.arange(config.images) % config.users
-        self.latents = basis.sample(self.fold(seeds.IMAGES), generator, config.images)
+        self.latents = basis.sample(self.fold(seeds.IMAGES), self.point.generator, config.images)
         self.plain = self.make(self.latents)
         self.made = self.copy(0)
-        estimator, _ = design.estimator(self.fold(seeds.BANK), self.point, config)
-        self.read = lambda seen: inversion.host(
-            estimator(
-                self.fold(seeds.ESTIMATE), generator, self.point.space, seen, **self.point.mark
-            )
-        )  # fmt: skip
-        self.found = self.read(self.made)
+
+    def read(self, name, seen):
+        """Give what the judge reads of the pictures of an attack.
+
+        Raises:
+            Busy: another process is at some of them.
+        """
+
+        def estimate(start, stop):
+            rows = np.arange(start, stop)
+            return self.bench.estimate(self.config, self.out, seen, rows=rows).solution, {}
+
+        sets = {name: (len(seen), lambda: estimate)}
+        if not parts.estimate(self.out, sets, size=self.part):
+            raise Busy
+        return parts.load(self.out, name)[0]
+
+    @cached_property
+    def found(self):
+        """What is read of the pictures as they came."""
+        return self.read("none", self.made)
 
     def make(self, latents):
         """Make pictures of latents, through 8 bits."""
@@ -181,9 +201,9 @@ def find(name):
     raise UserError(did_you_mean(name, ATTACKS, "attack"))
 
 
-def judge(scene, seen, before, belong, target):
-    """Read pictures; say whose keys they seem to carry."""
-    found = scene.found if seen is scene.made else scene.read(seen)
+def judge(scene, name, seen, before, belong, target):
+    """Read the pictures of an attack; say whose keys they seem to carry."""
+    found = scene.found if seen is scene.made else scene.read(name, seen)
     llr = verdict.ratios(found.soft_bits)
     metrics = {}
     if seen is not before:
@@ -212,17 +232,21 @@ def _fit(llr, bits):
     return np.sum(llr * (2.0 * bits - 1.0), axis=1)
 
 
-def measure(options, workdir):
-    """Measure every attack; give a row each."""
+def measure(options):
+    """Measure every attack that no other process is at; give a row each."""
     config = command.load_config(options.config)
     for field in ("images", "users", "estimator", "decoys"):
         if getattr(options, field) is not None:
             config[field] = getattr(options, field)
     found = {each: find(each) for each in options.attacks}
-    scene, rows = Scene(config, workdir), []
+    scene, rows = Scene(config, options.out, options.part), []
     settings = config.to_dict() | {"generator_sha256": scene.point.generator.sha256}
     for each, attack in found.items():
-        metrics = judge(scene, *attack(scene))
+        try:
+            metrics = judge(scene, each, *attack(scene))
+        except Busy:
+            print(f"{each}: another process is at it", flush=True)
+            continue
         rows.append(row(settings | {"adversary": each}, metrics, changes=("adversary",)))
         print(line(rows[-1]), flush=True)
     return rows
@@ -235,18 +259,15 @@ def parse(argv):
     parser.add_argument("--attacks", nargs="+", default=list(ATTACKS))
     for field, kind in (("images", int), ("users", int), ("decoys", int), ("estimator", str)):
         parser.add_argument(f"--{field}", type=kind, help="default: the config's")
-    parser.add_argument("--workdir", help="holds the basis; default a temporary folder")
-    parser.add_argument("--json", help="file for the rows")
+    parser.add_argument("--out", default="runs/adversary", help="folder of results")
+    parser.add_argument("--part", type=int, default=12, help="pictures read before any is kept")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
-    """Run the benchmark."""
+    """Measure what is missing, print a line an attack and write adversary.json."""
     options = parse(argv)
-    with tempfile.TemporaryDirectory() as scratch:
-        rows = measure(options, Path(options.workdir or scratch))
-    if options.json:
-        logs.write_json(options.json, rows)
+    logs.write_json(Path(options.out) / "adversary.json", measure(options))
 
 
 if __name__ == "__main__":

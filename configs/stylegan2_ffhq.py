@@ -26,7 +26,7 @@ To download and convert before (the paper took the same; their licences are not 
 
 import ml_collections
 
-from configs import stylegan2_grid
+from configs import stylegan2, stylegan2_grid
 from configs.common import parse_arg
 
 
@@ -42,7 +42,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.generator = f"checkpoints/{kind}"
     config.users, config.images, config.fd_images = 1_000, 1_000, 5_000
     # The demo's short search is for two cores; these are the main job's.
-    config.lm.update(bank=8_192, free=None, ranks=(64, 128, 256), jacobians=2, starts=4)
+    config.lm = stylegan2.get_config().lm
     return config
 
 

@@ -43,13 +43,14 @@ def test_identification_judges_attacked_and_foreign_images(tmp_path, capsys):
     argv = ["--config=ldm:tiny", "--estimator=encoder", "--images=3", "--part=2", "--users=20"]
     argv += ["--rate=0.5", "--foreign=2", "--out", str(tmp_path), "--attacks", "none", "paper:blur"]
     identification.main(argv)
-    found = json.loads((tmp_path / "identification.json").read_text())["rows"]
-    rows = {row["name"]: row for row in found}
+    written = json.loads((tmp_path / "identification.json").read_text())
+    assert sum(each["bits"] for each in written["reliability"]) == 2 * 3 * 8  # of two attacks
+    rows = {row["name"]: row for row in written["rows"]}
     foreign = ("plain", "stylegan2-demo", "flat", "noise", "stripes")
     assert set(rows) == {"none", "paper-blur", *(f"foreign-{source}" for source in foreign)}
     for name, row in rows.items():
         own = not name.startswith("foreign")
-        assert ("bit_accuracy" in row) == own
+        assert all((name in row) == own for name in ("word_accuracy", "right_user_first"))
         assert row["soft"]["right"]["images"] == (3 if own else 2)
         assert row["hard"]["null"]["images"] == 20 * row["soft"]["right"]["images"]
     capsys.readouterr()

@@ -49,11 +49,15 @@ def test_a_ready_made_watermark_is_measured_where_it_is_installed(tmp_path):
     assert row["metrics"]["bit_accuracy"]["value"] > 0.8
 
 
-def test_the_adversary_is_measured_on_a_design_point(tmp_path):
+def test_the_adversary_is_measured_on_a_design_point(tmp_path, capsys):
     argv = ["--config=ldm:tiny", "--estimator=encoder", "--images=4", "--decoys=50", "--attacks"]
     argv += ["none", "reinvert", "remove-zero", "transplant", "collude-mean-2", "plant-latents-8"]
-    adversary.main([*argv, "--json", str(tmp_path / "rows.json")])
-    found = _check(json.loads((tmp_path / "rows.json").read_text()))
+    adversary.main([*argv, "--out", str(tmp_path)])
+    found = _check(json.loads((tmp_path / "adversary.json").read_text()))
+    assert "reinvert-00000" in capsys.readouterr().out
+    adversary.main([*argv, "--out", str(tmp_path)])
+    assert "-00000" not in capsys.readouterr().out  # nothing is read twice
+    assert _check(json.loads((tmp_path / "adversary.json").read_text())) == found
     rows = {row["changes"]["adversary"]: row["metrics"] for row in found}
     assert "psnr" not in rows["none"]
     assert "target_first" in rows["transplant"]
