@@ -9,7 +9,7 @@ machines with one --workdir shares the cells out, and goes on where it was stopp
 
 How long, reckoned and not measured: a pass of the generator is 90 GFLOP at 256 x 256 and 119 at
 512 x 512, by XLA's count, and a column of a Jacobian up to twice that. 90 cells of 1,000 images at
-650 evaluations an image (the demo's mean over these attacks) are 5 to 11 EFLOP at 256 x 256: 15 to
+660 evaluations an image (the demo's mean over these attacks) are 5 to 11 EFLOP at 256 x 256: 15 to
 29 hours of a device that sustains 100 TFLOP/s, and a third more at 512.
 
 To download and convert before (the paper took the same; their licences are not this project's):
