@@ -23,7 +23,7 @@ Attacks:
 was attacked.
 
 What the judge reads is kept in OUT/parts: give the command again to go on where it was stopped, or
-several times at once to share the work.
+several times at once to share the work, and once more then for a table of all.
 """
 
 import argparse
@@ -203,7 +203,7 @@ def find(name):
 
 def judge(scene, name, seen, before, belong, target):
     """Read the pictures of an attack; say whose keys they seem to carry."""
-    found = scene.found if seen is scene.made else scene.read(name, seen)
+    found = scene.read(name, seen)
     llr = verdict.ratios(found.soft_bits)
     metrics = {}
     if seen is not before:

@@ -31,7 +31,6 @@ from lfp_jax.generators import zoo
 from lfp_jax.metrics import accuracy
 
 _NULL_RATE, _NULL_KEYS = 1e-3, 1_000  # of null trials, and keys that each image is tried against
-_DECOYS = 100_000  # random keys among which the right one should fit best
 
 
 def _parse(argv):
@@ -134,17 +133,19 @@ def _square(rng, u8):
 # --- judging -------------------------------------------------------------------------------------
 
 
-def _judge(name, strangers, decoys, options):
+def _judge(name, found, own, strangers, rivals, decoys, options):
     """Judge the images of a set; the table's row.
 
     Args:
-        name: of the set; images with keys of their own are of the first of all users.
+        name: of the set.
+        found: what was read of its images.
+        own: their keys [n, k], of the first of all users; [n, 0] where they have none.
         strangers: keys [m, k] of users who made none.
+        rivals: how many of them the right key should fit better than.
         decoys: of `verdict.draw_decoys`.
         options: of the command line.
     """
-    found, more = parts.load(options.out, name)
-    own, (n, bits) = more["bits"], found.soft_bits.shape
+    n, bits = found.soft_bits.shape
     users = np.concatenate([own, strangers])[: options.users] if own.size else strangers
     users = verdict.index(np.packbits(users, axis=1), bits=bits)
     ratios = verdict.ratios(found.soft_bits)
@@ -160,13 +161,12 @@ def _judge(name, strangers, decoys, options):
         read = found.soft_bits > 0.5
         row["bit_accuracy"] = rate(accuracy.bit_accuracy(read, own))
         row["word_accuracy"] = rate(accuracy.word_accuracy(read, own))
-        row["right_user_first"] = rate(accuracy.first_among(ratios, own, strangers[:_DECOYS]))
+        row["right_user_first"] = rate(accuracy.first_among(ratios, own, strangers[:rivals]))
     return row
 
 
-def _reliability(out, names):
+def _reliability(sets):
     """Give the fields of an `accuracy.Bin` each of the bits of all attacked images together."""
-    sets = [parts.load(out, name) for name in names]
     told = [(found.soft_bits, more["bits"]) for found, more in sets if more["bits"].size]
     if not told:
         return []
@@ -217,10 +217,11 @@ def main(argv=None):
     key = seeds.key(config.seed, seeds.STRANGERS)
     strangers, rows = draw_bits(key, options.users, config.bits), []
     decoys = verdict.draw_decoys(bits=config.bits)
-    for name in parts.names(out):
-        rows.append(_judge(name, strangers, decoys, options))
+    sets = {name: parts.load(out, name) for name in parts.names(out)}
+    for name, (found, more) in sets.items():
+        rows.append(_judge(name, found, more["bits"], strangers, config.decoys, decoys, options))
         print(_line(rows[-1]), flush=True)
-    bins = _reliability(out, [row["name"] for row in rows])
+    bins = _reliability(sets.values())
     for each in bins:
         print(f"stated {each['stated']:.4f}  wrong {each['wrong']:.4f}  of {each['bits']} bits")
     about = {"settings": config.to_dict(), "users": options.users, "rate": options.rate}

@@ -50,7 +50,8 @@ def test_identification_judges_attacked_and_foreign_images(tmp_path, capsys):
     assert set(rows) == {"none", "paper-blur", *(f"foreign-{source}" for source in foreign)}
     for name, row in rows.items():
         own = not name.startswith("foreign")
-        assert all((name in row) == own for name in ("word_accuracy", "right_user_first"))
+        for quantity in ("bit_accuracy", "word_accuracy", "right_user_first"):
+            assert (quantity in row) == own
         assert row["soft"]["right"]["images"] == (3 if own else 2)
         assert row["hard"]["null"]["images"] == 20 * row["soft"]["right"]["images"]
     capsys.readouterr()
