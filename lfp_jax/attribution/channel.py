@@ -40,7 +40,7 @@ class View(flax.struct.PyTreeNode):
     pixels: jax.Array | np.ndarray  # [H, W, C]
     # [e] strengths, most likely ones: e = 6, 3 without a crop, 0 for noise only
     centre: jax.Array | np.ndarray
-    level: jax.Array | np.ndarray = np.float32(0.0)  # of noise, as `noise_level` tells it
+    level: jax.Array | np.floating = np.float32(0.0)  # of noise, as `noise_level` tells it
     coded: jax.Array | None = None  # [p] DCT coefficients, where it was a JPEG
     noise: jax.Array | None = None  # [p] variances of their rounding
     halved: bool = flax.struct.field(pytree_node=False, default=True)  # has chroma of half the size

@@ -123,7 +123,7 @@ def _settle(frame, views, scales, begin, end, short, variances, factors):
         near = jax.tree.map(lambda at, *others: jnp.stack([at, *others]), begin, *short)
         costs = jax.vmap(partial(_cost, variance=variance))(*near)
         best = jnp.argmin(jnp.where(jnp.isfinite(costs), costs, jnp.inf))
-        improved = _cost(*end, variance) < costs[0]
+        improved = _cost(end[0], end[1], variance) < costs[0]
         theta, seen = jax.tree.map(lambda e, n: jnp.where(improved, e, n[best]), end, near)
         difference = seen.difference
         factor = gauss_newton.damp(factor, channel.variance(difference, scale))
