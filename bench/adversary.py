@@ -222,14 +222,8 @@ def judge(scene, name, seen, before, belong, target):
 
 def _first(scene, llr, belong):
     """Give the share of pictures on which one of these users' keys fits better than every decoy."""
-    own = np.max([_fit(llr, scene.key_of(away)) for away in belong], axis=0)
-    best = np.array([(scene.decoys * 2.0 - 1.0) @ each for each in llr]).max(axis=1)
-    found = accuracy.word_accuracy((own > best)[:, None], np.ones(1, bool))
-    return rate(found) | {"decoys": len(scene.decoys)}
-
-
-def _fit(llr, bits):
-    return np.sum(llr * (2.0 * bits - 1.0), axis=1)
+    keys = np.stack([scene.key_of(away) for away in belong])
+    return rate(accuracy.first_among(llr, keys, scene.decoys)) | {"decoys": len(scene.decoys)}
 
 
 def measure(options):

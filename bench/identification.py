@@ -155,7 +155,7 @@ def _judge(name, found, own, strangers, rivals, decoys, options):
         named = [verdict.judge(llr, users, **form).user for llr in ratios]
         hits = sum(user == i for i, user in enumerate(named)) if own.size else 0
         wrong = sum(user is not None for user in named) - hits
-        row[score] = {"right": _rate(hits, n), "wrong": _rate(wrong, n)}
+        row[score] = {"right": rate(accuracy.rate(hits, n)), "wrong": rate(accuracy.rate(wrong, n))}
         row[score]["null"] = _null(ratios, strangers[:_NULL_KEYS], score)
     if own.size:
         read = found.soft_bits > 0.5
@@ -185,12 +185,7 @@ def _null(ratios, strangers, score):
         else:
             p_values = by_count[bits - disagree.sum(axis=1)]
         passed += int((p_values <= _NULL_RATE).sum())
-    return _rate(passed, len(ratios) * len(strangers))
-
-
-def _rate(count, n):
-    low, high = accuracy.wilson(count, n)
-    return {"value": count / n, "low": low, "high": high, "images": n}
+    return rate(accuracy.rate(passed, len(ratios) * len(strangers)))
 
 
 def _line(row):

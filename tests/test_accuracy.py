@@ -74,6 +74,9 @@ def test_first_among_decoys():
     # The third decoy fits the first image better, and all fit the last one alike.
     assert accuracy.first_among(llr, keys, decoys).value == 1 / 3
     assert accuracy.first_among(llr, keys, decoys[:2]).value == 2 / 3
+    # Of several owners one that fits is enough.
+    assert accuracy.first_among(llr, 1 - keys, decoys).value == 0.0
+    assert accuracy.first_among(llr, np.stack([1 - keys, keys]), decoys).value == 1 / 3
 
 
 def test_reliability_holds_what_is_stated_against_what_is_so():

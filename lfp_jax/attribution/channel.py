@@ -11,6 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.stats import norm
 
 from lfp_jax.attacks import separable
 from lfp_jax.attacks.jpeg import block_dct, quantisation_tables, ycc
@@ -119,8 +120,8 @@ def _compare_pixels(seen, made, spread):
     off, spread = made - seen, jnp.maximum(spread, 1e-9)
     bound = jnp.where(jnp.abs(seen) < _BOUND, 0.0, jnp.sign(seen))
     beyond = jnp.clip(bound * off / spread, -_FAR, _FAR)
-    fit = jax.scipy.special.log_ndtr(beyond)  # log-likelihood
-    slope = jnp.exp(-0.5 * jnp.square(beyond) - fit) / (2.0 * np.pi) ** 0.5
+    fit = norm.logcdf(beyond)  # log-likelihood
+    slope = jnp.exp(norm.logpdf(beyond) - fit)
     loose = (bound != 0.0) & (beyond > -_FAR)
     short = -bound * spread
     return Comparison(
@@ -179,8 +180,7 @@ def told(made, spread):
     left = jnp.ones_like(made)
     for side in (-1.0, 1.0):
         room = jnp.clip((1.0 - side * made) / spread, 0.0, 0.25 * _FAR)
-        tail = jax.scipy.special.ndtr(-room)
-        density = jnp.exp(-0.5 * jnp.square(room)) / (2.0 * np.pi) ** 0.5
+        tail, density = norm.cdf(-room), norm.pdf(room)
         left = left - (tail + room * density - jnp.square(density) / tail)
     return jnp.where(jnp.abs(made) < 1.0, left, 0.0)
 
@@ -304,8 +304,7 @@ def _evidence(coefficients, steps):
     """
     steps = steps[None, None].astype(jnp.float32)
     nearest = jnp.round(coefficients / steps)
-    off = (coefficients - steps * nearest) / _AFTER
-    density = jnp.exp(-0.5 * jnp.square(off)) / (_AFTER * (2.0 * np.pi) ** 0.5)
+    density = norm.pdf(coefficients, steps * nearest, _AFTER)
     ratio = jnp.log((1.0 - _OUTLIERS) * density * steps + _OUTLIERS)
     return jnp.sum(jnp.where(nearest == 0.0, 0.0, ratio))
 

@@ -42,6 +42,7 @@ _SHORT = (0.5, 0.25, 0.1)  # step lengths tried where full steps fail
 _SLOW = 0.98  # a chord step that leaves more of the residual than this is the last one
 _DOUBT = 0.05  # wrong bits expected below which an image is settled
 _EXPLAINED = 1.15  # times the noise, which is told to a tenth: a residual below that is noise
+_UNSURE = 3.0  # wrong bits expected from which an image goes on even so
 _NOISY = 1.0  # what is left and has less structure than this is noise too, of whatever strength
 # A residual above so many times that of the directions left out, and of a structure that noise does
 # not have, leads on less often than another start; one above more, of any structure, nowhere.
@@ -239,11 +240,12 @@ def lm(
     """Estimate keys by Levenberg-Marquardt from what a bank guesses.
 
     An image is settled when its residual is down to 8-bit rounding, or to noise, which has no
-    structure, or when its bits are sure. Only the others go on, first with more Jacobians and then
-    from their next start, so `starts` and `jacobians` are bounds and not the cost. A start far off
-    what the directions left out explain waits for the others. One that is further off, as of images
-    that are not the model's, goes on only if all are, and through `ranks` alone. Of all starts the
-    one with the least residual counts.
+    structure, or when its bits are sure. Noise is told to a tenth only, so where bits are unsure a
+    descent goes on until it converges. Only images that are not settled go on, first with more
+    Jacobians and then from their next start, so `starts` and `jacobians` are bounds and not the
+    cost. A start far off what the directions left out explain waits for the others. One that is
+    further off, as of images that are not the model's, goes on only if all are, and through `ranks`
+    alone. Of all starts the one with the least residual counts.
 
     Args:
         key: unused; every estimator takes one.
@@ -385,18 +387,19 @@ def _news(frame, plan, coarse, size, descent):
     noise = float(descent.view.level)
     rms, doubt = descent.rms, np.minimum(descent.soft, 1.0 - descent.soft).sum()
     rank = min(plan[descent.stage - 1], len(descent.theta))
-    stalled = not rms < _STALLED * descent.before
     excess = max(rms**2 - noise**2, 0.0) ** 0.5
     left_out = _left_out(frame, rank, size)
     astray = excess > _ASTRAY * left_out > 0.0
     far = descent.structure > _SHAPED and excess > _LOST * left_out > 0.0
+    explained = descent.stage >= coarse and rms <= _EXPLAINED * noise
+    converged = rank == len(descent.theta) and not rms < _STALLED * descent.before
     return {
         "settled": doubt < _DOUBT
         or rms <= _FLOOR
-        or (descent.stage >= coarse and rms <= _EXPLAINED * noise)
+        or (explained and (doubt < _UNSURE or converged))
         or (descent.stage > coarse and descent.structure < _NOISY),
         "ended": descent.stage == len(plan)
-        or (rank == len(descent.theta) and stalled)
+        or converged
         or (descent.forced and descent.stage >= coarse and astray),
         "lost": (far or astray) and not descent.forced and descent.stage < coarse,
         "astray": astray,

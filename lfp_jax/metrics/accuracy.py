@@ -24,6 +24,21 @@ class Rate:
     n: int  # images
 
 
+def rate(successes: float, n: int, *, confidence: float = 0.95) -> Rate:
+    """Make the rate of so many successes in n trials.
+
+    Args:
+        successes: 0 .. n.
+        n: trials.
+        confidence: of the Wilson interval.
+
+    Raises:
+        ValueError: as `wilson` does.
+    """
+    low, high = wilson(successes, n, confidence=confidence)
+    return Rate(successes / n, low, high, successes, n)
+
+
 def word_accuracy(decoded: np.ndarray, keys: np.ndarray, *, confidence: float = 0.95) -> Rate:
     """Compute the share of images with every bit right (the paper's attribution accuracy).
 
@@ -35,7 +50,7 @@ def word_accuracy(decoded: np.ndarray, keys: np.ndarray, *, confidence: float = 
     Raises:
         ValueError: shapes that do not fit, or no images.
     """
-    return _rate(np.all(_agree(decoded, keys), axis=1), confidence)
+    return _share(np.all(_agree(decoded, keys), axis=1), confidence)
 
 
 def bit_accuracy(decoded: np.ndarray, keys: np.ndarray, *, confidence: float = 0.95) -> Rate:
@@ -52,7 +67,7 @@ def bit_accuracy(decoded: np.ndarray, keys: np.ndarray, *, confidence: float = 0
     Raises:
         ValueError: shapes that do not fit, or no images.
     """
-    return _rate(_agree(decoded, keys).mean(axis=1), confidence)
+    return _share(_agree(decoded, keys).mean(axis=1), confidence)
 
 
 def first_among(
@@ -65,14 +80,14 @@ def first_among(
 
     Args:
         llr: log-likelihood ratios of one to zero, [n, k].
-        keys: the true bits [n, k].
+        keys: the true bits [n, k], or [a, n, k] where an image has `a` owners: the best counts.
         decoys: keys of nobody, [m, k].
         confidence: of the Wilson interval.
     """
     llr, others = np.asarray(llr, np.float64), 2.0 * np.asarray(decoys) - 1.0
-    own = np.sum(llr * (2.0 * np.asarray(keys) - 1.0), axis=1)
+    own = np.sum(llr * (2.0 * np.asarray(keys) - 1.0), axis=-1)
     best = np.array([np.max(others @ row) for row in llr])
-    return _rate(own > best, confidence)
+    return _share(np.atleast_2d(own).max(axis=0) > best, confidence)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +174,6 @@ def _agree(decoded: np.ndarray, keys: np.ndarray) -> np.ndarray:
     return decoded == keys
 
 
-def _rate(shares: np.ndarray, confidence: float) -> Rate:
-    successes = float(shares.sum())
-    low, high = wilson(successes, len(shares), confidence=confidence)
-    return Rate(successes / len(shares), low, high, successes, len(shares))
+def _share(right: np.ndarray, confidence: float) -> Rate:
+    """Make the rate of what is right of each image, [n] within 0..1."""
+    return rate(float(right.sum()), len(right), confidence=confidence)
