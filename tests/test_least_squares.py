@@ -9,6 +9,7 @@ from lfp_jax import attacks, basis, fingerprint, images, sensitivity
 from lfp_jax.attribution import bank as banks
 from lfp_jax.attribution import channel, coordinates, least_squares
 from lfp_jax.attribution import estimator as estimators
+from lfp_jax.attribution.inversion import Solution
 from lfp_jax.errors import UserError
 from lfp_jax.generators import stylegan2
 
@@ -209,6 +210,26 @@ def test_a_failed_start_is_left_for_the_next(model, cases):
     more = estimate(model, case, slice(0, 1), starts=4, **options)
     assert more.residual[0] < 0.5 * one.residual[0]
     assert more.evaluations[0] > one.evaluations[0]
+
+
+def test_noise_settles_an_image_only_where_its_bits_are_sure(model, cases):
+    generator, space = model
+    keys, _, bank = cases["antipodal"]
+    latents = generator.sample(jax.random.key(3), 4)
+    noise, costs = attacks.attack("noise", std=0.2), []
+    for strength, soft in ((8.0, keys), (0.01, np.full(keys.shape, 0.5))):
+        mark = {"strength": strength, "code": "antipodal"}
+        marked = fingerprint.inject(space, latents, keys, **mark)
+        made = images.png_round_trip(generator.decode(marked))
+        near = Solution(np.float32(soft), marked, np.zeros(4), np.zeros(4))
+        options = {"ranks": (28,), "starts": 1, "jacobians": 1, "chords": 1, "progress": False}
+        found = least_squares.lm(
+            jax.random.key(0), generator, space, attacks.apply(jax.random.key(1), made, noise),
+            bank=bank, near=near, attack="unknown", **mark, **options,
+        )  # fmt: skip
+        costs.append(found.evaluations)
+    # The others go on: 24 + 8 tangents and those of contrast, brightness and blur.
+    assert (costs[1] - costs[0]).tolist() == [1 + 35 + 1 + 3] * 4
 
 
 @pytest.mark.parametrize(
