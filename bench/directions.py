@@ -77,7 +77,7 @@ class Carrier:
         point, mark = self.point, {"strength": self.config.strength, "code": self.config.code}
         plan = planner.predict(
             point.generator, point.space, point.metric, self.latents[:count], self.bits[:count],
-            variance=variance, **mark,
+            variance=variance, attack=self.config.lm.attack, **mark,
         )  # fmt: skip
         return planner.summary(plan)
 

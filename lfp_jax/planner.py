@@ -1,19 +1,24 @@
 """Predict of a design point how many bits will be wrong and what it costs, before it is run.
 
-A few pictures as an experiment would make them, each linearised where it is: with the image's
-derivatives J by the whitened unknowns (`coordinates`: nuisance and bits, prior N(0, I)) and noise
+A few pictures as an experiment would make them, each linearised where it is, at theta: with the
+image's derivatives J by the unknowns of `lm` (`coordinates`: nuisance and bits; before them
+contrast, brightness and blur, where estimators are not told of the attack; prior N(0, I)) and noise
 of variance v, an estimator that found the right place is left with the posterior covariance
-(I + J^T J / v)^-1. Let C be its part that belongs to the k bits: with the nuisance marginalised by
-its prior, the image says z = c + error of the bits c, each -1 or 1, with F = C^-1 - I the inverse
-of the error's covariance. Three shares of wrong bits follow, from more to less:
+S = (I + J^T J / v)^-1. Images bend, so that J is not theirs everywhere: what it misses at places
+drawn from that posterior counts as noise with a covariance of its own (the approximation error of
+Kaipio and Somersalo, Statistical and Computational Inverse Problems, 2005, section 5.8), which is
+the same as more unknowns, with prior N(0, I), that add it to the image.
 
-- alone: each bit is told by its own posterior mean, the others counted as nuisance of the same
-  spread, Q(sqrt(1 / C_ii - 1)) for Q the tail of a Gaussian;
-- jointly: all are told together by the decoder that the estimators use, on draws of z;
-- others known: Q(sqrt(F_ii)); no decoder can do better.
+The estimate is Gaussian about theta - S theta, since the prior draws it to the middle, and spreads
+by S - S^2 as the noise does. Let C be the part of S that belongs to the k bits. Three shares of
+wrong bits follow, from more to less:
 
-The model is an optimist: it leaves out how images bend between the place found and the right one,
-descents that end elsewhere, and that estimators are not told of the attack.
+- alone: each bit is told by its own posterior mean;
+- jointly: all are told together by the decoder that the estimators use, on draws of the estimate;
+- others known: Q(sqrt(F_ii)), F = C^-1 - I and Q the tail of a Gaussian, which no decoder can beat
+  on average over the prior.
+
+The model is an optimist: it leaves out descents that end elsewhere.
 """
 
 import dataclasses
@@ -23,18 +28,25 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.linalg import solve_triangular
 from scipy.special import ndtr
 
 from lfp_jax import attacks, basis, design, fingerprint, images, logs, seeds, sensitivity
 from lfp_jax.attribution import channel, coordinates, decoding, gauss_newton
 from lfp_jax.attribution.inversion import decode_flat
-from lfp_jax.errors import UserError
+from lfp_jax.errors import UserError, choose
 from lfp_jax.metrics import perceptual
 
 PICTURES = 4  # linearised, unless told otherwise
 
+_BENDS = 128  # places at which a picture is held against its linearisation
+_CHUNK = 16  # of them at once
 _DRAWS = 8  # of the noise of each picture, for the decoder
+_STRENGTHS = {"none": 0, "unknown": 3}  # of an attack that are unknowns: contrast, brightness, blur
 _LEAST = 1e-6  # share of a bit's prior variance that is left at least, as in `decoding`
+
+
+_product = partial(jnp.matmul, precision="highest")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +82,7 @@ def noise_variance(attack):
     return variance
 
 
-def predict(generator, space, metric, latents, bits, *, strength, code, variance):
+def predict(generator, space, metric, latents, bits, *, strength, code, variance, attack="unknown"):
     """Predict how a key is read from pictures of given latents, and how it changes them.
 
     Args:
@@ -81,18 +93,20 @@ def predict(generator, space, metric, latents, bits, *, strength, code, variance
         bits: [n, k], injected into them.
         strength, code: as injected.
         variance: of a pixel's noise, images in [-1, 1]; that of rounding to 8 bits at least.
+        attack: what the estimator is told of it, as of `lm`: "none", or "unknown".
 
     Returns:
         A Plan.
     """
+    strengths = np.zeros(choose(attack, _STRENGTHS, "attack"), np.float32)
     frame = coordinates.whiten(space, metric, strength=strength, code=code, free=None)
     marked = fingerprint.inject(space, latents, bits, strength=strength, code=code)
     places = coordinates.begin(frame, space, marked, bits=jnp.asarray(bits, jnp.float32))
     rows = []
     with logs.Progress(len(marked), label="plan") as progress:
         for i, place in enumerate(places):
-            covariance, energy = _posterior(generator, frame, place, variance)
-            rows.append(_rates(i, np.asarray(covariance, np.float64), float(energy), bits[i]))
+            found = _posterior(jax.random.key(i), generator, frame, strengths, place, variance)
+            rows.append(_rates(i, bits[i], *(np.asarray(each, np.float64) for each in found)))
             progress.update(i + 1)
     made, plain = (images.png_round_trip(design.decode(generator, w)) for w in (marked, latents))
     change = np.sqrt(np.square(made - plain).mean((1, 2, 3)))
@@ -102,35 +116,56 @@ def predict(generator, space, metric, latents, bits, *, strength, code, variance
 
 
 @jax.jit
-def _posterior(generator, frame, theta, variance):
-    """Covariance [k, k] of the bits at unknowns theta [q], and their image change over the noise.
+def _posterior(key, generator, frame, strengths, theta, variance):
+    """How bits are estimated at unknowns theta [q], from the image and a posterior about it.
 
+    Returns the mean [k] of the estimate, its spread [k, k] by the noise, the covariance [k, k] that
+    the estimator states, and the squared change of the image by the bits, over the noise.
     A pixel that the 8-bit range clips says less (`channel.told`).
     """
+    view = channel.View(jnp.zeros(generator.image_shape), strengths)
 
-    def model(theta):
-        return decode_flat(generator, coordinates.place(frame, theta[None]))[0].reshape(-1)
+    def decode(theta):
+        return decode_flat(generator, coordinates.place(frame, theta[None]))[0]
 
-    image, jacobian = sensitivity.columns(model, theta, jnp.eye(len(theta)))
-    jacobian = jacobian * jnp.sqrt(channel.told(image, jnp.sqrt(variance)))[None]
-    factor = gauss_newton.damp(gauss_newton.factorise(jacobian), variance)
-    responses = jnp.einsum("kq,qp->kp", frame.bits, jacobian, precision="highest")
-    return gauss_newton.marginal(frame.bits, factor), jnp.sum(jnp.square(responses)) / variance
+    def model(unknowns):
+        image = decode(unknowns[len(strengths) :])
+        return channel.transmit(view, unknowns[: len(strengths)], image).reshape(-1)
+
+    weights = jnp.sqrt(channel.told(decode(theta).reshape(-1), jnp.sqrt(variance)))
+    right = jnp.pad(theta, (len(strengths), 0))
+    image, jacobian = sensitivity.columns(model, right, jnp.eye(len(right)))
+    jacobian = jacobian * weights[None]
+
+    def missed(step):
+        return weights * (model(right + step) - image) - step @ jacobian
+
+    def damped(rows):
+        return gauss_newton.damp(gauss_newton.factorise(rows), variance)
+
+    draws = jax.random.normal(key, (len(right), _BENDS))
+    steps = solve_triangular(damped(jacobian), draws, lower=True, trans="T").T
+    bends = jax.lax.map(missed, steps, batch_size=_CHUNK) / _BENDS**0.5
+    factor = damped(jnp.concatenate([jacobian, bends]))
+    rows = jnp.pad(frame.bits, ((0, 0), (len(strengths), _BENDS)))
+    half = solve_triangular(factor, rows.T, lower=True)
+    gain = solve_triangular(factor, half, lower=True, trans="T").T  # [k, q]
+    mean = _product(rows - gain, jnp.pad(right, (0, _BENDS)))
+    stated, spread = gauss_newton.gram(half.T), gauss_newton.gram(gain)
+    responses = _product(rows[:, : len(right)], jacobian)
+    return mean, stated - spread, stated, jnp.sum(jnp.square(responses)) / variance
 
 
-def _rates(seed, covariance, energy, bits):
+def _rates(seed, bits, mean, spread, covariance, energy):
     """Give shares of wrong bits (alone, jointly, others known), of whole words, of energy left."""
+    signs, rng = 2.0 * np.asarray(bits, np.float64) - 1.0, np.random.default_rng(seed)
+    alone = ndtr(-signs * mean / np.sqrt(np.clip(np.diag(spread), _LEAST, None))).mean()
     values, axes = np.linalg.eigh(covariance)
     values = np.clip(values, _LEAST, 1.0 - _LEAST)
-    strengths = 1.0 / values - 1.0  # F along its axes
-    alone = ndtr(-np.sqrt(1.0 / np.clip(np.diag(covariance), _LEAST, 1.0 - _LEAST) - 1.0)).mean()
-    told = np.square(axes) @ strengths  # F_ii
-    signs, rng = 2.0 * np.asarray(bits, np.float64) - 1.0, np.random.default_rng(seed)
+    told = np.square(axes) @ (1.0 / values - 1.0)  # F_ii
     wrong = []
-    for draw in range(_DRAWS):
-        noise = rng.standard_normal(len(signs)) / np.sqrt(strengths)
-        mean = axes @ ((1.0 - values) * (axes.T @ signs + noise))
-        soft = decoding.soft_bits([seed, draw], mean, covariance)
+    for draw, drawn in enumerate(rng.multivariate_normal(mean, spread, _DRAWS, method="eigh")):
+        soft = decoding.soft_bits([seed, draw], drawn, covariance)
         wrong.append((soft > 0.5) != (signs > 0.0))
     words = 1.0 - np.any(wrong, axis=1).mean()
     return alone, np.mean(wrong), ndtr(-np.sqrt(told)).mean(), words, told.sum() / energy
@@ -160,7 +195,14 @@ def run(config, workdir, *, pictures):
     users = jax.random.bernoulli(fold(seeds.KEYS), 0.5, (config.users, config.bits))
     bits = np.asarray(users, np.uint8)[np.arange(pictures) % config.users]
     plan = predict(
-        point.generator, point.space, point.metric, latents, bits, variance=variance, **point.mark
+        point.generator,
+        point.space,
+        point.metric,
+        latents,
+        bits,
+        variance=variance,
+        attack=config.lm.attack,
+        **point.mark,
     )
     quantities = summary(plan)
     logs.write_json(Path(workdir) / "plan.json", {"plan": quantities, "settings": config.to_dict()})
