@@ -180,7 +180,7 @@ def table(results):
     """Lay the results out as lines of text."""
     lines = [
         f"{'carrier':<18}{'attack':<20}{'asked':>6}{'PSNR':>6}{'FD':>7}{'sd':>6}{'alone':>9}"
-        f"{'joint':>9}{'known':>9}{'measured':>10}{'words':>7}{'first':>7}{'evals':>7}{'images':>7}"
+        f"{'joint':>9}{'known':>9}{'measured':>10}{'words':>8}{'first':>8}{'evals':>7}{'images':>7}"
     ]
     for r in results:
         start = f"{r['basis'] + ' ' + str(r['shift']):<18}{r['attack']:<20}{r['asked']:>6}"
@@ -194,7 +194,7 @@ def table(results):
             line += f"{r['plan'][key]['value']:>9.5f}" if r["plan"] else f"{'-':>9}"
         if found:
             line += f"{1.0 - r['metrics']['bit_accuracy']['value']:>10.4f}"
-            line += f"{found['word_accuracy']:>7}{found['right_user_first']:>7}"
+            line += f"{found['word_accuracy']:>8}{found['right_user_first']:>8}"
             line += f"{r['metrics']['generator_evaluations']['value']:>7.0f}"
         lines.append(line + f"{r['images']:>7}")
     return "\n".join(lines)
