@@ -28,7 +28,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.linalg import solve_triangular
+from jax.scipy.linalg import cho_solve, solve_triangular
 from scipy.special import ndtr
 
 from lfp_jax import attacks, basis, design, fingerprint, images, logs, seeds, sensitivity
@@ -148,12 +148,12 @@ def _posterior(key, generator, frame, strengths, theta, variance):
     bends = jax.lax.map(missed, steps, batch_size=_CHUNK) / _BENDS**0.5
     factor = damped(jnp.concatenate([jacobian, bends]))
     rows = jnp.pad(frame.bits, ((0, 0), (len(strengths), _BENDS)))
-    half = solve_triangular(factor, rows.T, lower=True)
-    gain = solve_triangular(factor, half, lower=True, trans="T").T  # [k, q]
-    mean = _product(rows - gain, jnp.pad(right, (0, _BENDS)))
-    stated, spread = gauss_newton.gram(half.T), gauss_newton.gram(gain)
+    stated = gauss_newton.marginal(rows, factor)
+    pull = cho_solve((factor, True), rows.T).T  # S [k, q] of the bits and all unknowns
+    mean = _product(rows - pull, jnp.pad(right, (0, _BENDS)))
     responses = _product(rows[:, : len(right)], jacobian)
-    return mean, stated - spread, stated, jnp.sum(jnp.square(responses)) / variance
+    spread = stated - gauss_newton.gram(pull)
+    return mean, spread, stated, jnp.sum(jnp.square(responses)) / variance
 
 
 def _rates(seed, bits, mean, spread, covariance, energy):
@@ -195,15 +195,9 @@ def run(config, workdir, *, pictures):
     users = jax.random.bernoulli(fold(seeds.KEYS), 0.5, (config.users, config.bits))
     bits = np.asarray(users, np.uint8)[np.arange(pictures) % config.users]
     plan = predict(
-        point.generator,
-        point.space,
-        point.metric,
-        latents,
-        bits,
-        variance=variance,
-        attack=config.lm.attack,
-        **point.mark,
-    )
+        point.generator, point.space, point.metric, latents, bits,
+        variance=variance, attack=config.lm.attack, **point.mark,
+    )  # fmt: skip
     quantities = summary(plan)
     logs.write_json(Path(workdir) / "plan.json", {"plan": quantities, "settings": config.to_dict()})
     print(

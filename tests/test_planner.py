@@ -61,13 +61,14 @@ def test_the_error_is_that_of_the_exact_linear_decoder(fitted, code):
     np.testing.assert_allclose(plan.known, known, rtol=0.05)
 
 
-def test_a_picture_far_from_the_mean_is_told_by_its_own_place(fitted):
+@pytest.mark.parametrize("code", ["antipodal", "binary"])
+def test_a_picture_far_from_the_mean_is_told_by_its_own_place(fitted, code):
     """Against the posterior mean of the picture itself, over draws of the noise alone."""
     space = _space(fitted)
     latents = basis.sample(jax.random.key(1), GENERATOR, 3)
     latents = space.mean[None] + 4.0 * (latents - space.mean[None])
     bits = np.random.default_rng(2).integers(0, 2, (3, BITS)).astype(np.uint8)
-    form = {"strength": STRENGTH, "code": "antipodal", "variance": VARIANCE, "attack": "none"}
+    form = {"strength": STRENGTH, "code": code, "variance": VARIANCE, "attack": "none"}
     plan = planner.predict(GENERATOR, space, METRIC, latents, bits, **form)
     jacobian = np.asarray(GENERATOR.jacobian, np.float64)
     scaled = np.asarray(space.nuisance) * np.asarray(space.nuisance_stddev)
