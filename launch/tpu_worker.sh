@@ -23,11 +23,13 @@ case ${1:-} in
   start)
     # What an earlier run left holds the TPU. Its group is its own, by setsid.
     if [ -f run.pid ]; then kill -KILL -- "-$(cat run.pid)" 2>/dev/null || true; fi
-    rm -f run.status
+    rm -f run.pid run.status
     # shellcheck disable=SC2016  # the inner shell expands them
-    setsid nohup bash -c 'cd lfp && ../venv/bin/python -m lfp_jax.main "$@"; echo $? > ../run.status' \
+    setsid nohup bash -c 'echo $$ > run.pid
+      cd lfp && ../venv/bin/python -m lfp_jax.main "$@"; echo $? > ../run.status' \
       run "${@:2}" < /dev/null > run.log 2>&1 &
-    echo $! > run.pid ;;
+    # Until then there is no group that a next start could end.
+    while [ ! -s run.pid ] && kill -0 $! 2>/dev/null; do sleep 0.1; done ;;
   follow)
     tail -n +1 -F --pid="$(cat run.pid)" run.log
     exit "$(cat run.status)" ;;

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -258,22 +259,31 @@ def test_tpu_run_that_fails_on_a_sound_slice_is_not_tried_again(stand_in, tmp_pa
     assert len(_calls(tmp_path)) == 4  # start, follow, sleep, describe
 
 
-def test_tpu_worker_follows_a_run_to_its_status_and_ends_an_earlier_one(tmp_path):
-    """With a stand-in for Python; the run outlives the command that started it."""
+def test_tpu_worker_follows_a_run_to_its_status_and_ends_an_earlier_one(stand_in, tmp_path):
+    """With a stand-in for Python; the run outlives the command that started it.
+
+    Sessions are slow to begin here: a run that is not yet a group of its own must end as well.
+    """
     python = tmp_path / "venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     (tmp_path / "lfp").mkdir()
     python.write_text('#!/bin/bash\necho "got $*"; [ "$3" != long ] || sleep 600; exit 7\n')
     python.chmod(0o755)
     worker = LAUNCH / "tpu_worker.sh"
-    home = {"HOME": str(tmp_path)}
+    slow = stand_in("setsid", f'sleep 0.5; exec {shutil.which("setsid")} "$@"')
+    home = {"HOME": str(tmp_path)} | slow
     assert _run(worker, "start", "long", **home).returncode == 0
     first = (tmp_path / "run.pid").read_text().strip()
     assert _run(worker, "start", "a b", "c", **home).returncode == 0
     done = _run(worker, "follow", **home)
     assert done.returncode == 7
     assert done.stdout == "got -m lfp_jax.main a b c\n"
-    assert _run("ps", "-o", "stat=", "-p", first).stdout.strip() in ("", "Z", "Zs")
+    for _ in range(100):  # a killed process is there until the kernel gets to it
+        if (state := _run("ps", "-o", "stat=", "-p", first).stdout.strip()) in ("", "Z", "Zs"):
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail(f"the earlier run is still there: {state}")
 
 
 # --- Slurm ----------------------------------------------------------------------------------------
