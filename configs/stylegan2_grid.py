@@ -14,8 +14,8 @@ make the most of two cores, with a core each; sharing both they would be in each
 `lm` is too slow on a CPU for the 200 images a cell that one would want. So it is 10 images a cell
 from one start each, and one Jacobian along all directions: of fewer it misses what the paper's
 directions carry (bit accuracy of 10 clean images at the paper's point 1.000, for 1,020 evaluations;
-of an earlier `lm` 0.997, and with 256 of the 512 free and two Jacobians 0.944, for 760). `--config.images=200 --config.users=200`
-is the long form.
+of an earlier `lm` 0.997, and with 256 of the 512 free and two Jacobians 0.944, for 760).
+`--config.images=200 --config.users=200` is the long form.
 
 A quick look:
 

@@ -80,7 +80,7 @@ def _attribute(config, workdir, *, paths, registry, rate, pool, form, **_):
         else:
             print(row(answer) if table else logs.to_line(answer), flush=True)
     if failed:
-        print(f"lfp_jax: {failed} of the files could not be judged, as said above.", file=sys.stderr)
+        print(f"lfp_jax: {failed} of the files could not be judged: see above.", file=sys.stderr)
     return int(failed > 0)
 
 
